@@ -1,0 +1,511 @@
+// batch_norm on a CPU: statistics, apply, backward_reduce, backward_apply.
+//
+// Every pass is bound by memory, so each reads its tensors once, from front to back within a piece,
+// and keeps everything per channel in the first-level cache. Sums run in the accumulation type over
+// blocks of 128 rows and are then merged in double: the statistics as (count, mean, M2) of values
+// shifted by a per-channel constant near their mean, so that a mean of 1e4 standard deviations
+// costs nothing (Chan, Golub and LeVeque, 1983). docs/math/batch_norm.md has the formulas.
+
+#include "batch_norm_kernels.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "activation.h"
+#include "dispatch.h"
+#include "simd.h"
+
+namespace resops::RESOPS_ISA {
+namespace {
+
+constexpr int64_t kBlockRows = 128;      // additions in the accumulation type before a merge
+constexpr int64_t kPrefetchBytes = 16384;  // how far ahead of the reductions memory is asked for
+
+// Asks for `bytes` of memory around `p` to come to the second-level cache. The reductions walk
+// several rows at once, which the hardware's own prefetcher loses at 256 channels and more.
+template <class T>
+inline void prefetch(const T* p, int64_t bytes) {
+  const char* line = reinterpret_cast<const char*>(p);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at, 0, 2);
+}
+
+// The parameters of one row: vectors along it in channels-last, one value in contiguous.
+template <class acc>
+class RowParameter {
+ public:
+  RowParameter(const void* values, bool channels_last)
+      : values_(static_cast<const acc*>(values)), step_(channels_last ? 1 : 0) {
+    for (acc& value : same_) value = 0;
+    at_ = channels_last && values_ ? values_ : same_;
+  }
+  void start_row(int64_t channel) {
+    if (step_ == 0 && values_) std::fill(same_, same_ + kLanes, values_[channel]);
+  }
+  Pack<acc> operator[](int64_t column) const { return load(at_ + column * step_); }
+
+  RowParameter(const RowParameter&) = delete;
+
+ private:
+  const acc* values_;
+  int64_t step_;
+  const acc* at_;
+  alignas(64) acc same_[kLanes];
+};
+
+template <class acc>
+inline Pack<acc> pre_activation(Pack<acc> centred, Pack<acc> scale, Pack<acc> bias) {
+  return fma(centred, scale, bias);
+}
+
+template <bool kStream, class T>
+inline void put(T* p, Pack<acc_t<T>> v, int64_t count) {
+  if constexpr (kStream) {
+    stream(p, v);
+  } else {
+    store(p, v, count);
+  }
+}
+
+// ---- forward --------------------------------------------------------------------------------------
+
+template <class T, Activation kAct, bool kResidual, bool kStream>
+void apply_rows(const BatchNormArgs& a, BatchNormSpan span) {
+  using acc = acc_t<T>;
+  const acc slope = static_cast<acc>(a.negative_slope);
+  RowParameter<acc> mean(a.mean, a.channels_last), scale(a.scale, a.channels_last),
+      bias(a.bias, a.channels_last);
+  for (int64_t row = span.row_begin; row < span.row_end; ++row) {
+    const int64_t channel = row % a.channels;
+    mean.start_row(channel);
+    scale.start_row(channel);
+    bias.start_row(channel);
+    const T* x = static_cast<const T*>(a.x) + row * a.width;
+    const T* residual = static_cast<const T*>(a.residual) + (kResidual ? row * a.width : 0);
+    T* y = static_cast<T*>(a.y) + row * a.width;
+    uint8_t* mask = a.mask_out + (kResidual && is_masked(kAct) ? row * a.mask_step : 0);
+    const auto at = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+      Pack<acc> z = pre_activation(load(x + c, count) - mean[c], scale[c], bias[c]);
+      if constexpr (kResidual) {
+        z = z + load(residual + c, count);
+        if constexpr (is_masked(kAct)) store_mask_bits(mask + c / 8, to_bits(passes(z)), count);
+      }
+      put<kStream>(y + c, activate<kAct>(z, slope), count);
+    };
+    int64_t c = span.begin;
+    for (; c + kLanes <= span.end; c += kLanes) at(c, kLanes);
+    if constexpr (!kStream) {
+      if (c < span.end) at(c, span.end - c);
+    }
+  }
+  if constexpr (kStream) stream_fence();
+}
+
+void apply(const BatchNormArgs& a, BatchNormSpan span) {
+  dispatch_dtype(a.dtype, [&]<class T>(T) {
+    dispatch_activation(a.activation, [&]<Activation kAct>(Constant<kAct>) {
+      dispatch_bool(a.has_residual, [&]<bool kResidual>(Constant<kResidual>) {
+        if constexpr (std::is_same_v<T, double>) {
+          apply_rows<T, kAct, kResidual, false>(a, span);
+        } else {
+          dispatch_bool(a.streaming, [&]<bool kStream>(Constant<kStream>) {
+            apply_rows<T, kAct, kResidual, kStream>(a, span);
+          });
+        }
+      });
+    });
+  });
+}
+
+// Running (count, mean, M2) in double of `width` columns, fed with blocks of shifted sums.
+template <class acc>
+struct ShiftedSums {
+  explicit ShiftedSums(int64_t columns)
+      : width(columns), shift(columns), sum(columns), square(columns) {}
+
+  // Adds a block of `rows` rows whose sums of (x - shift) and (x - shift)^2 are in sum and square,
+  // and moves the shift of columns whose mean turned out to be far from it, in units of their
+  // standard deviation. A shift that is near enough stays, so that exact data stay exact.
+  void merge_block(int64_t rows, double* mean, double* m2) {
+    const double n = static_cast<double>(count), b = static_cast<double>(rows), total = n + b;
+    const double mean_weight = b / total, m2_weight = n * b / total, inverse = 1 / b;
+    for (int64_t c = 0; c < width; ++c) {
+      const double s = static_cast<double>(sum[c]);
+      const double offset = s * inverse;
+      const double block_m2 = std::max(static_cast<double>(square[c]) - s * offset, 0.0);
+      const double delta = static_cast<double>(shift[c]) + offset - mean[c];
+      const double merged_mean = mean[c] + delta * mean_weight;
+      const double merged_m2 = m2[c] + block_m2 + delta * delta * m2_weight;
+      mean[c] = merged_mean;
+      m2[c] = merged_m2;
+      const double away = merged_mean - static_cast<double>(shift[c]);
+      shift[c] = away * away * total > 16 * merged_m2 ? static_cast<acc>(merged_mean) : shift[c];
+      sum[c] = square[c] = 0;
+    }
+    count += rows;
+  }
+
+  int64_t count = 0;
+  int64_t width;
+  std::vector<acc> shift, sum, square;
+};
+
+template <class T>
+void statistics_channels_last(const BatchNormArgs& a, BatchNormSpan span, double* mean,
+                              double* m2) {
+  using acc = acc_t<T>;
+  const int64_t width = a.width;
+  const T* x = static_cast<const T*>(a.x);
+  std::fill(m2, m2 + width, 0.0);
+  if (span.end < width) {  // the shorter last row: every value is its own mean
+    std::fill(mean, mean + width, 0.0);
+    for (int64_t c = span.begin; c < span.end; ++c) {
+      mean[c] = static_cast<double>(to_acc(x[span.row_begin * width + c]));
+    }
+    return;
+  }
+  ShiftedSums<acc> sums(width);
+  for (int64_t c = 0; c < width; ++c) {
+    sums.shift[c] = to_acc(x[span.row_begin * width + c]);
+    mean[c] = static_cast<double>(sums.shift[c]);
+  }
+  constexpr int kRows = 8;  // share one load and store of the sums
+  const int64_t ahead = std::max<int64_t>(kPrefetchBytes / (width * sizeof(T)), kRows) * width;
+  acc* const shift = sums.shift.data();
+  acc* const sum = sums.sum.data();
+  acc* const square = sums.square.data();
+  for (int64_t begin = span.row_begin; begin < span.row_end; begin += kBlockRows) {
+    const int64_t end = std::min(begin + kBlockRows, span.row_end);
+    int64_t row = begin;
+    for (; row + kRows <= end; row += kRows) {
+      const T* p = x + row * width;
+      for (int64_t c = 0; c < width; c += kLanes) {
+        prefetch(p + ahead + c * kRows, kRows * kLanes * sizeof(T));
+        const Pack<acc> k = load(shift + c);
+        Pack<acc> s0 = load(sum + c), q0 = load(square + c);
+        Pack<acc> s1 = broadcast(acc(0)), q1 = s1;
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; i += 2) {
+          const Pack<acc> d0 = load(p + i * width + c) - k, d1 = load(p + (i + 1) * width + c) - k;
+          s0 = s0 + d0;
+          q0 = fma(d0, d0, q0);
+          s1 = s1 + d1;
+          q1 = fma(d1, d1, q1);
+        }
+        store(sum + c, s0 + s1);
+        store(square + c, q0 + q1);
+      }
+    }
+    for (; row < end; ++row) {
+      const T* p = x + row * width;
+      for (int64_t c = 0; c < width; c += kLanes) {
+        const Pack<acc> d = load(p + c) - load(shift + c);
+        store(sum + c, load(sum + c) + d);
+        store(square + c, fma(d, d, load(square + c)));
+      }
+    }
+    sums.merge_block(end - begin, mean, m2);
+  }
+}
+
+// Calls f(c, count) for the vectors of [begin, end), in blocks of kBlockRows vectors after each of
+// which flush(elements) is called.
+template <class F, class Flush>
+inline void for_blocks(int64_t begin, int64_t end, int64_t& pending, F f, Flush flush) {
+  int64_t c = begin;
+  while (c < end) {
+    const int64_t stop = std::min(end, c + (kBlockRows * kLanes - pending + kLanes - 1) / kLanes * kLanes);
+    pending += stop - c;
+    for (; c + kLanes <= stop; c += kLanes) f(c, kLanes);
+    if (c < stop) {
+      f(c, stop - c);
+      c = stop;
+    }
+    if (pending >= kBlockRows * kLanes) flush();
+  }
+}
+
+template <class T>
+void statistics_contiguous(const BatchNormArgs& a, BatchNormSpan span, int64_t channel_begin,
+                           int64_t channel_end, double* mean, double* m2) {
+  using acc = acc_t<T>;
+  const T* x = static_cast<const T*>(a.x);
+  const int64_t channels = channel_end - channel_begin;
+  struct Sums {
+    Pack<acc> sum, square;
+    acc shift;
+    int64_t count, pending;
+  };
+  const auto plane = [&](int64_t n, int64_t i) {
+    return x + (n * a.channels + channel_begin + i) * a.width;
+  };
+  std::vector<Sums> all(channels);
+  for (int64_t i = 0; i < channels; ++i) {
+    const acc first = to_acc(plane(span.row_begin, i)[span.begin]);
+    all[i] = {broadcast(acc(0)), broadcast(acc(0)), first, 0, 0};
+    mean[i] = static_cast<double>(first);
+    m2[i] = 0;
+  }
+  const auto flush = [&](int64_t i) {
+    Sums& s = all[i];
+    const double total = horizontal_sum(s.sum), b = static_cast<double>(s.pending);
+    const double n = static_cast<double>(s.count), offset = total / b;
+    const double block_m2 = std::max(horizontal_sum(s.square) - total * offset, 0.0);
+    const double delta = static_cast<double>(s.shift) + offset - mean[i];
+    mean[i] += delta * (b / (n + b));
+    m2[i] += block_m2 + delta * delta * (n * b / (n + b));
+    const double away = mean[i] - static_cast<double>(s.shift);
+    if (away * away * (n + b) > 16 * m2[i]) s.shift = static_cast<acc>(mean[i]);
+    s = {broadcast(acc(0)), broadcast(acc(0)), s.shift, s.count + s.pending, 0};
+  };
+  for (int64_t n = span.row_begin; n < span.row_end; ++n) {
+    for (int64_t i = 0; i < channels; ++i) {
+      const T* p = plane(n, i);
+      Sums& s = all[i];
+      for_blocks(
+          span.begin, span.end, s.pending,
+          [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+            // Missing lanes hold the shift, so that they add nothing.
+            const Pack<acc> d = count == kLanes ? load(p + c) - broadcast(s.shift)
+                                                : keep(load(p + c, count) - broadcast(s.shift), count);
+            s.sum = s.sum + d;
+            s.square = fma(d, d, s.square);
+          },
+          [&] { flush(i); });
+    }
+  }
+  for (int64_t i = 0; i < channels; ++i) {
+    if (all[i].pending > 0) flush(i);
+  }
+}
+
+void statistics(const BatchNormArgs& a, BatchNormSpan span, int64_t channel_begin,
+                int64_t channel_end, double* mean, double* m2) {
+  dispatch_dtype(a.dtype, [&]<class T>(T) {
+    if (a.channels_last) {
+      statistics_channels_last<T>(a, span, mean, m2);
+    } else {
+      statistics_contiguous<T>(a, span, channel_begin, channel_end, mean, m2);
+    }
+  });
+}
+
+void merge(int64_t width, double count_a, double* mean_a, double* m2_a, double count_b,
+           const double* mean_b, const double* m2_b) {
+  const double total = count_a + count_b;
+  const double mean_weight = count_b / total, m2_weight = count_a * count_b / total;
+  for (int64_t c = 0; c < width; ++c) {
+    const double delta = mean_b[c] - mean_a[c];
+    mean_a[c] += delta * mean_weight;
+    m2_a[c] += m2_b[c] + delta * delta * m2_weight;
+  }
+}
+
+// ---- backward -------------------------------------------------------------------------------------
+
+// What the backward passes read of one row, and the gradient before the activation at one vector.
+template <class T, Activation kAct, bool kResidual>
+struct GradRow {
+  using acc = acc_t<T>;
+  static constexpr bool kNeedsZ = kAct != Activation::identity && !(kResidual && is_masked(kAct));
+
+  GradRow(const BatchNormArgs& args)
+      : a(args),
+        slope(static_cast<acc>(args.negative_slope)),
+        mean(args.mean, args.channels_last),
+        scale(args.scale, args.channels_last),
+        bias(args.bias, args.channels_last) {}
+
+  void start_row(int64_t row) {
+    const int64_t channel = row % a.channels;
+    mean.start_row(channel);
+    scale.start_row(channel);
+    bias.start_row(channel);
+    grad_y = static_cast<const T*>(a.grad_y) + row * a.width;
+    x = static_cast<const T*>(a.x) + row * a.width;
+    if constexpr (kResidual && is_masked(kAct)) mask = a.mask + row * a.mask_step;
+    if constexpr (kResidual && is_smooth(kAct)) {
+      residual = static_cast<const T*>(a.residual) + row * a.width;
+    }
+  }
+
+  // `rows` rows below the current one, at column c.
+  inline __attribute__((always_inline)) Pack<acc> grad(Pack<acc> centred, int64_t c, int64_t count,
+                                                       int64_t rows = 0) const {
+    const int64_t at = rows * a.width + c;
+    const Pack<acc> g = load(grad_y + at, count);
+    if constexpr (kResidual && is_masked(kAct)) {
+      const uint16_t bits = load_mask_bits(mask + rows * a.mask_step + c / 8, count);
+      return masked_grad<kAct>(g, from_bits<acc>(bits), slope);
+    } else if constexpr (kNeedsZ) {
+      Pack<acc> z = pre_activation(centred, scale[c], bias[c]);
+      if constexpr (kResidual) z = z + load(residual + at, count);
+      return activation_grad<kAct>(g, z, slope);
+    } else {
+      return g;
+    }
+  }
+
+  const BatchNormArgs& a;
+  acc slope;
+  RowParameter<acc> mean, scale, bias;
+  const T* grad_y = nullptr;
+  const T* x = nullptr;
+  const T* residual = nullptr;
+  const uint8_t* mask = nullptr;
+};
+
+template <class T, Activation kAct, bool kResidual>
+void reduce_channels_last(const BatchNormArgs& a, BatchNormSpan span, double* sum_grad,
+                          double* sum_grad_centred) {
+  using acc = acc_t<T>;
+  const int64_t width = a.width;
+  std::vector<acc> sums(2 * width);
+  acc* const sum = sums.data();
+  acc* const product = sum + width;
+  std::fill(sum_grad, sum_grad + width, 0.0);
+  std::fill(sum_grad_centred, sum_grad_centred + width, 0.0);
+  GradRow<T, kAct, kResidual> row_of(a);
+  constexpr int kRows = 4;
+  const int64_t ahead = std::max<int64_t>(kPrefetchBytes / (width * sizeof(T)), kRows) * width;
+  for (int64_t begin = span.row_begin; begin < span.row_end; begin += kBlockRows) {
+    const int64_t end = std::min(begin + kBlockRows, span.row_end);
+    int64_t row = begin;
+    for (; row + kRows <= end && span.end == width; row += kRows) {
+      row_of.start_row(row);
+      const T* x = row_of.x;
+      for (int64_t c = 0; c < width; c += kLanes) {
+        prefetch(x + ahead + c * kRows, kRows * kLanes * sizeof(T));
+        prefetch(row_of.grad_y + ahead + c * kRows, kRows * kLanes * sizeof(T));
+        const Pack<acc> mean = row_of.mean[c];
+        Pack<acc> s = load(sum + c), q = load(product + c);
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) {
+          const Pack<acc> centred = load(x + i * width + c) - mean;
+          const Pack<acc> g = row_of.grad(centred, c, kLanes, i);
+          s = s + g;
+          q = fma(g, centred, q);
+        }
+        store(sum + c, s);
+        store(product + c, q);
+      }
+    }
+    for (; row < end; ++row) {
+      row_of.start_row(row);
+      for (int64_t c = span.begin; c < span.end; c += kLanes) {
+        const int64_t count = span.end - c;
+        const Pack<acc> centred = load(row_of.x + c, count) - row_of.mean[c];
+        const Pack<acc> g = row_of.grad(centred, c, count);
+        store(sum + c, load(sum + c) + g);
+        store(product + c, fma(g, centred, load(product + c)));
+      }
+    }
+    for (int64_t c = 0; c < width; ++c) {
+      sum_grad[c] += static_cast<double>(sum[c]);
+      sum_grad_centred[c] += static_cast<double>(product[c]);
+      sum[c] = product[c] = 0;
+    }
+  }
+}
+
+template <class T, Activation kAct, bool kResidual>
+void reduce_contiguous(const BatchNormArgs& a, BatchNormSpan span, int64_t channel_begin,
+                       int64_t channel_end, double* sum_grad, double* sum_grad_centred) {
+  using acc = acc_t<T>;
+  const int64_t channels = channel_end - channel_begin;
+  std::fill(sum_grad, sum_grad + channels, 0.0);
+  std::fill(sum_grad_centred, sum_grad_centred + channels, 0.0);
+  GradRow<T, kAct, kResidual> row_of(a);
+  for (int64_t n = span.row_begin; n < span.row_end; ++n) {
+    for (int64_t i = 0; i < channels; ++i) {
+      row_of.start_row(n * a.channels + channel_begin + i);
+      const Pack<acc> mean = row_of.mean[0];
+      Pack<acc> s = broadcast(acc(0)), q = s;
+      int64_t pending = 0;
+      const auto flush = [&] {
+        sum_grad[i] += horizontal_sum(s);
+        sum_grad_centred[i] += horizontal_sum(q);
+        s = q = broadcast(acc(0));
+        pending = 0;
+      };
+      for_blocks(
+          span.begin, span.end, pending,
+          [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+            const Pack<acc> centred = load(row_of.x + c, count) - mean;
+            const Pack<acc> g = row_of.grad(centred, c, count);
+            s = s + g;
+            q = fma(g, centred, q);
+          },
+          flush);
+      if (pending > 0) flush();
+    }
+  }
+}
+
+void backward_reduce(const BatchNormArgs& a, BatchNormSpan span, int64_t channel_begin,
+                     int64_t channel_end, double* sum_grad, double* sum_grad_centred) {
+  dispatch_dtype(a.dtype, [&]<class T>(T) {
+    dispatch_activation(a.activation, [&]<Activation kAct>(Constant<kAct>) {
+      dispatch_bool(a.has_residual, [&]<bool kResidual>(Constant<kResidual>) {
+        if (a.channels_last) {
+          reduce_channels_last<T, kAct, kResidual>(a, span, sum_grad, sum_grad_centred);
+        } else {
+          reduce_contiguous<T, kAct, kResidual>(a, span, channel_begin, channel_end, sum_grad,
+                                                sum_grad_centred);
+        }
+      });
+    });
+  });
+}
+
+template <class T, Activation kAct, bool kResidual, bool kStream>
+void backward_apply_rows(const BatchNormArgs& a, BatchNormSpan span) {
+  using acc = acc_t<T>;
+  GradRow<T, kAct, kResidual> row_of(a);
+  RowParameter<acc> grad_slope(a.grad_slope, a.channels_last),
+      grad_offset(a.grad_offset, a.channels_last);
+  for (int64_t row = span.row_begin; row < span.row_end; ++row) {
+    row_of.start_row(row);
+    grad_slope.start_row(row % a.channels);
+    grad_offset.start_row(row % a.channels);
+    T* grad_x = static_cast<T*>(a.grad_x) + (a.grad_x ? row * a.width : 0);
+    T* grad_residual = static_cast<T*>(a.grad_residual) + (a.grad_residual ? row * a.width : 0);
+    const auto at = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+      const Pack<acc> centred = load(row_of.x + c, count) - row_of.mean[c];
+      const Pack<acc> g = row_of.grad(centred, c, count);
+      if (grad_residual) put<kStream>(grad_residual + c, g, count);
+      if (grad_x) {
+        const Pack<acc> rest = fma(centred, grad_slope[c], grad_offset[c]);
+        put<kStream>(grad_x + c, fma(g, row_of.scale[c], rest), count);
+      }
+    };
+    int64_t c = span.begin;
+    for (; c + kLanes <= span.end; c += kLanes) at(c, kLanes);
+    if constexpr (!kStream) {
+      if (c < span.end) at(c, span.end - c);
+    }
+  }
+  if constexpr (kStream) stream_fence();
+}
+
+void backward_apply(const BatchNormArgs& a, BatchNormSpan span) {
+  dispatch_dtype(a.dtype, [&]<class T>(T) {
+    dispatch_activation(a.activation, [&]<Activation kAct>(Constant<kAct>) {
+      dispatch_bool(a.has_residual, [&]<bool kResidual>(Constant<kResidual>) {
+        if constexpr (std::is_same_v<T, double>) {
+          backward_apply_rows<T, kAct, kResidual, false>(a, span);
+        } else {
+          dispatch_bool(a.streaming, [&]<bool kStream>(Constant<kStream>) {
+            backward_apply_rows<T, kAct, kResidual, kStream>(a, span);
+          });
+        }
+      });
+    });
+  });
+}
+
+}  // namespace
+
+const BatchNormKernels batch_norm_kernels = {apply, backward_apply, statistics, backward_reduce,
+                                             merge};
+
+}  // namespace resops::RESOPS_ISA

@@ -1,0 +1,553 @@
+// Sixteen values at a time, written once for AVX-512, AVX2 and any other processor.
+//
+// A Pack<acc> holds 16 values of the accumulation type (float, or double for float64 tensors) in as
+// many registers as the instruction set needs: one ZMM, two YMM, four XMM. Arithmetic goes through
+// the compiler's vector types; only what those cannot say (fused multiply-add, half conversions,
+// movemask, non-temporal stores) is an intrinsic. The number of values is the same everywhere, so
+// the order of every sum is too.
+//
+// Included by *_kernels.cpp only, inside the namespace of one instruction set.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#ifndef RESOPS_ISA
+#error "RESOPS_ISA must name the namespace of this instruction set"
+#endif
+
+namespace resops::RESOPS_ISA {
+
+constexpr int kLanes = 16;
+
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename AccOf<T>::type;
+
+template <class acc>
+struct IntOf;
+template <>
+struct IntOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using type = int64_t;
+};
+
+template <class acc>
+struct Pack {
+  typedef acc Register __attribute__((vector_size(kRegisterBytes)));
+  static constexpr int kRegisters = kLanes * sizeof(acc) / kRegisterBytes;
+  static constexpr int kPerRegister = kRegisterBytes / sizeof(acc);
+  Register r[kRegisters];
+};
+
+#define RESOPS_EACH_REGISTER(i) \
+  _Pragma("GCC unroll 8") for (int i = 0; i < Pack<acc>::kRegisters; ++i)
+
+template <class acc>
+inline Pack<acc> broadcast(acc value) {
+  Pack<acc> out;
+  RESOPS_EACH_REGISTER(i) out.r[i] = value - typename Pack<acc>::Register{};
+  return out;
+}
+
+template <class acc>
+inline Pack<acc> operator+(Pack<acc> a, Pack<acc> b) {
+  RESOPS_EACH_REGISTER(i) a.r[i] += b.r[i];
+  return a;
+}
+template <class acc>
+inline Pack<acc> operator-(Pack<acc> a, Pack<acc> b) {
+  RESOPS_EACH_REGISTER(i) a.r[i] -= b.r[i];
+  return a;
+}
+template <class acc>
+inline Pack<acc> operator*(Pack<acc> a, Pack<acc> b) {
+  RESOPS_EACH_REGISTER(i) a.r[i] *= b.r[i];
+  return a;
+}
+template <class acc>
+inline Pack<acc> operator/(Pack<acc> a, Pack<acc> b) {
+  RESOPS_EACH_REGISTER(i) a.r[i] /= b.r[i];
+  return a;
+}
+
+// a * b + c, rounded once where the instruction set can.
+inline Pack<float> fma(Pack<float> a, Pack<float> b, Pack<float> c) {
+  for (int i = 0; i < Pack<float>::kRegisters; ++i) {
+#if defined(__AVX512F__)
+    c.r[i] = _mm512_fmadd_ps(a.r[i], b.r[i], c.r[i]);
+#elif defined(__FMA__)
+    c.r[i] = _mm256_fmadd_ps(a.r[i], b.r[i], c.r[i]);
+#else
+    c.r[i] += a.r[i] * b.r[i];
+#endif
+  }
+  return c;
+}
+inline Pack<double> fma(Pack<double> a, Pack<double> b, Pack<double> c) {
+  for (int i = 0; i < Pack<double>::kRegisters; ++i) {
+#if defined(__AVX512F__)
+    c.r[i] = _mm512_fmadd_pd(a.r[i], b.r[i], c.r[i]);
+#elif defined(__FMA__)
+    c.r[i] = _mm256_fmadd_pd(a.r[i], b.r[i], c.r[i]);
+#else
+    c.r[i] += a.r[i] * b.r[i];
+#endif
+  }
+  return c;
+}
+
+// Lane-wise conditions. AVX-512 has registers for them; elsewhere a lane is all ones or all zeros.
+
+template <class acc>
+struct Mask {
+  typedef typename IntOf<acc>::type Register __attribute__((vector_size(kRegisterBytes)));
+  Register r[Pack<acc>::kRegisters];
+};
+
+// Where the gradient of relu passes: not (z <= 0), so that a NaN passes.
+template <class acc>
+inline Mask<acc> passes(Pack<acc> z) {
+  Mask<acc> out;
+  RESOPS_EACH_REGISTER(i) out.r[i] = ~(z.r[i] <= acc(0));
+  return out;
+}
+template <class acc>
+inline Mask<acc> greater(Pack<acc> a, acc b) {
+  Mask<acc> out;
+  RESOPS_EACH_REGISTER(i) out.r[i] = a.r[i] > b;
+  return out;
+}
+template <class acc>
+inline Pack<acc> select(Mask<acc> mask, Pack<acc> yes, Pack<acc> no) {
+  RESOPS_EACH_REGISTER(i) yes.r[i] = mask.r[i] ? yes.r[i] : no.r[i];
+  return yes;
+}
+template <class acc>
+inline uint16_t to_bits(Mask<acc> mask) {
+  unsigned bits = 0;
+  RESOPS_EACH_REGISTER(i) {
+    for (int lane = 0; lane < Pack<acc>::kPerRegister; ++lane) {
+      bits |= static_cast<unsigned>(mask.r[i][lane] & 1) << (i * Pack<acc>::kPerRegister + lane);
+    }
+  }
+  return static_cast<uint16_t>(bits);
+}
+template <class acc>
+inline Mask<acc> from_bits(uint16_t bits) {
+  using Int = typename IntOf<acc>::type;
+  Mask<acc> out;
+  RESOPS_EACH_REGISTER(i) {
+    typename Mask<acc>::Register lane_bit;
+    for (int lane = 0; lane < Pack<acc>::kPerRegister; ++lane) {
+      lane_bit[lane] = Int(1) << (i * Pack<acc>::kPerRegister + lane);
+    }
+    out.r[i] = (lane_bit & Int(bits)) != 0;
+  }
+  return out;
+}
+
+#if defined(__AVX512F__)
+template <>
+struct Mask<float> {
+  __mmask16 bits;
+};
+template <>
+inline Mask<float> passes(Pack<float> z) {
+  return {_mm512_cmp_ps_mask(z.r[0], _mm512_setzero_ps(), _CMP_NLE_UQ)};
+}
+template <>
+inline Mask<float> greater(Pack<float> a, float b) {
+  return {_mm512_cmp_ps_mask(a.r[0], _mm512_set1_ps(b), _CMP_GT_OQ)};
+}
+template <>
+inline Pack<float> select(Mask<float> mask, Pack<float> yes, Pack<float> no) {
+  return {_mm512_mask_blend_ps(mask.bits, no.r[0], yes.r[0])};
+}
+template <>
+inline uint16_t to_bits(Mask<float> mask) {
+  return mask.bits;
+}
+template <>
+inline Mask<float> from_bits<float>(uint16_t bits) {
+  return {bits};
+}
+#elif defined(__AVX2__)
+template <>
+inline uint16_t to_bits(Mask<float> mask) {
+  return static_cast<uint16_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask.r[0])) |
+                               _mm256_movemask_ps(reinterpret_cast<__m256>(mask.r[1])) << 8);
+}
+#endif
+
+// Loads: 16 values from anywhere, widened to the accumulation type.
+
+inline Pack<float> load(const float* p) {
+  Pack<float> out;
+  std::memcpy(&out, p, sizeof(out));
+  return out;
+}
+inline Pack<double> load(const double* p) {
+  Pack<double> out;
+  std::memcpy(&out, p, sizeof(out));
+  return out;
+}
+
+inline float to_float(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+// IEEE binary16 by its fields: sign 1, exponent 5 (bias 15), mantissa 10.
+inline float to_float(Float16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  const uint32_t exponent = (value.bits >> 10) & 0x1f;
+  const uint32_t mantissa = value.bits & 0x3ff;
+  uint32_t bits;
+  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+    std::memcpy(&bits, &magnitude, sizeof(bits));
+  } else if (exponent == 31) {  // infinity or NaN
+    bits = 0x7f800000u | mantissa << 13;
+  } else {
+    bits = (exponent + 127 - 15) << 23 | mantissa << 13;
+  }
+  bits |= sign;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+// Round to nearest, ties to even; a NaN becomes a quiet one.
+inline BFloat16 to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if ((bits & 0x7fffffff) > 0x7f800000) {
+    return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+  }
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline Float16 to_float16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint16_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  uint32_t out;
+  if (bits > 0x7f800000) {
+    out = 0x7e00;
+  } else if (bits >= 0x477ff000) {  // 65520 and above round to infinity
+    out = 0x7c00;
+  } else if (bits < 0x38800000) {  // below 2^-14: subnormal, a multiple of 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof(magnitude));
+    magnitude += 0.5f;  // whose unit in the last place is 2^-24: the addition rounds
+    std::memcpy(&out, &magnitude, sizeof(out));
+    out -= 0x3f000000;
+  } else {
+    out = (bits - ((127 - 15) << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+  }
+  return {static_cast<uint16_t>(out | sign)};
+}
+
+// One value in the accumulation type.
+inline float to_acc(float value) { return value; }
+inline double to_acc(double value) { return value; }
+inline float to_acc(BFloat16 value) { return to_float(value); }
+inline float to_acc(Float16 value) { return to_float(value); }
+
+inline Pack<float> load(const BFloat16* p) {
+  Pack<float> out;
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  out.r[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#elif defined(__AVX2__)
+  for (int i = 0; i < 2; ++i) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i);
+    out.r[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+#else
+  float values[kLanes];
+  for (int i = 0; i < kLanes; ++i) values[i] = to_float(p[i]);
+  std::memcpy(&out, values, sizeof(out));
+#endif
+  return out;
+}
+
+inline Pack<float> load(const Float16* p) {
+  Pack<float> out;
+#if defined(__AVX512F__)
+  out.r[0] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  for (int i = 0; i < 2; ++i) {
+    out.r[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
+  }
+#else
+  float values[kLanes];
+  for (int i = 0; i < kLanes; ++i) values[i] = to_float(p[i]);
+  std::memcpy(&out, values, sizeof(out));
+#endif
+  return out;
+}
+
+// Stores: 16 values, rounded to the tensor's type.
+
+inline void store(float* p, Pack<float> v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(double* p, Pack<double> v) { std::memcpy(p, &v, sizeof(v)); }
+
+#if defined(__AVX512F__)
+inline __m256i to_half_bits(BFloat16, Pack<float> v) {
+  const __m512i bits = _mm512_castps_si512(v.r[0]);
+  const __m512i high = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(
+      _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v.r[0], v.r[0], _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+}
+inline __m256i to_half_bits(Float16, Pack<float> v) {
+  return _mm512_cvtps_ph(v.r[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__AVX2__)
+inline __m256i to_half_bits(BFloat16, Pack<float> v) {
+  __m256i half[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m256i bits = _mm256_castps_si256(v.r[i]);
+    const __m256i high = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(
+        _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v.r[i], v.r[i], _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    half[i] = _mm256_blendv_epi8(rounded, quiet, nan);
+  }
+  // packus works within 128-bit lanes: put the four quarters back in order.
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(half[0], half[1]), 0b11011000);
+}
+inline __m256i to_half_bits(Float16, Pack<float> v) {
+  const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return _mm256_set_m128i(_mm256_cvtps_ph(v.r[1], nearest), _mm256_cvtps_ph(v.r[0], nearest));
+}
+#else
+inline BFloat16 to_half(BFloat16, float value) { return to_bfloat16(value); }
+inline Float16 to_half(Float16, float value) { return to_float16(value); }
+#endif
+
+template <class Half>
+inline void store_half(Half* p, Pack<float> v) {
+#if defined(__AVX2__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_half_bits(Half{}, v));
+#else
+  float values[kLanes];
+  std::memcpy(values, &v, sizeof(v));
+  for (int i = 0; i < kLanes; ++i) p[i] = to_half(Half{}, values[i]);
+#endif
+}
+inline void store(BFloat16* p, Pack<float> v) { store_half(p, v); }
+inline void store(Float16* p, Pack<float> v) { store_half(p, v); }
+
+// Past the caches, for outputs that no cache would hold: a plain store reads the line first.
+// `p` is a multiple of the size of 16 values; stream_fence() ends a run of them.
+template <class T>
+inline void stream(T* p, Pack<acc_t<T>> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_half_bits(T{}, v));
+  } else {
+    for (int i = 0; i < Pack<acc_t<T>>::kRegisters; ++i) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p) + i, reinterpret_cast<__m512i>(v.r[i]));
+    }
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 2) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_half_bits(T{}, v));
+  } else {
+    for (int i = 0; i < Pack<acc_t<T>>::kRegisters; ++i) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + i, reinterpret_cast<__m256i>(v.r[i]));
+    }
+  }
+#else
+  store(p, v);
+#endif
+}
+inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// The first `count` of 16 values: the end of a row.
+template <class T>
+inline Pack<acc_t<T>> load(const T* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  T values[kLanes] = {};
+  std::memcpy(values, p, count * sizeof(T));
+  return load(values);
+}
+template <class T>
+inline void store(T* p, Pack<acc_t<T>> v, int64_t count) {
+  if (count >= kLanes) return store(p, v);
+  T values[kLanes];
+  store(values, v);
+  std::memcpy(p, values, count * sizeof(T));
+}
+
+// The first `count` of 16 values, zeros after them.
+template <class acc>
+inline Pack<acc> keep(Pack<acc> v, int64_t count) {
+  acc values[kLanes];
+  std::memcpy(values, &v, sizeof(v));
+  for (int64_t i = count; i < kLanes; ++i) values[i] = 0;
+  std::memcpy(&v, values, sizeof(v));
+  return v;
+}
+
+inline uint16_t load_mask_bits(const uint8_t* p, int64_t count) {
+  uint16_t bits = 0;
+  std::memcpy(&bits, p, count > 8 ? 2 : 1);
+  return bits;
+}
+inline void store_mask_bits(uint8_t* p, uint16_t bits, int64_t count) {
+  if (count < kLanes) bits &= (1u << count) - 1;
+  std::memcpy(p, &bits, count > 8 ? 2 : 1);
+}
+
+// Fixed-order sum of the 16 values, in double.
+template <class acc>
+inline double horizontal_sum(Pack<acc> v) {
+  acc values[kLanes];
+  std::memcpy(values, &v, sizeof(v));
+  double sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += static_cast<double>(values[i]);
+  return sum;
+}
+
+// e^x: x = n ln 2 + r with |r| <= ln 2 / 2, and a degree-7 Taylor polynomial of e^r, whose
+// truncation is below 6e-9; the result saturates outside [-87, 88]. NaN stays NaN.
+inline Pack<float> exp(Pack<float> x) {
+  x = select(greater(x, 88.0f), broadcast(88.0f), x);
+  x = select(greater(broadcast(0.0f) - x, 87.0f), broadcast(-87.0f), x);
+  const Pack<float> magic = broadcast(0x1.8p23f);  // adding it rounds to an integer
+  const Pack<float> shifted = fma(x, broadcast(1.44269504f), magic);
+  const Pack<float> n = shifted - magic;
+  Pack<float> r = fma(n, broadcast(-0.693145752f), x);  // ln 2 in two parts, the first short
+  r = fma(n, broadcast(-1.42860677e-6f), r);
+  Pack<float> p = broadcast(1.0f / 5040);
+  p = fma(p, r, broadcast(1.0f / 720));
+  p = fma(p, r, broadcast(1.0f / 120));
+  p = fma(p, r, broadcast(1.0f / 24));
+  p = fma(p, r, broadcast(1.0f / 6));
+  p = fma(p, r, broadcast(0.5f));
+  p = fma(p, r, broadcast(1.0f));
+  p = fma(p, r, broadcast(1.0f));
+  // 2^n: n stands in the low bits of `shifted`.
+  typedef int32_t IntRegister __attribute__((vector_size(kRegisterBytes)));
+  Pack<float> power;
+  for (int i = 0; i < Pack<float>::kRegisters; ++i) {
+    IntRegister bits;
+    std::memcpy(&bits, &shifted.r[i], sizeof(bits));
+    bits = (bits + 127) << 23;
+    std::memcpy(&power.r[i], &bits, sizeof(bits));
+  }
+  return p * power;
+}
+
+// Phi(z), the normal distribution function: Abramowitz and Stegun 7.1.26 for erfc(|z| / sqrt 2),
+// absolute error below 1e-7, which is a unit in the last place of gelu(z) / z.
+inline Pack<float> normal_cdf(Pack<float> z, Pack<float> exp_half_square) {
+  const Pack<float> zero = broadcast(0.0f);
+  const Mask<float> positive = greater(z, 0.0f);
+  const Pack<float> magnitude = select(positive, z, zero - z);
+  const Pack<float> t =
+      broadcast(1.0f) / fma(magnitude, broadcast(0.3275911f * 0.707106781f), broadcast(1.0f));
+  Pack<float> p = broadcast(1.061405429f);
+  p = fma(p, t, broadcast(-1.453152027f));
+  p = fma(p, t, broadcast(1.421413741f));
+  p = fma(p, t, broadcast(-0.284496736f));
+  p = fma(p, t, broadcast(0.254829592f));
+  const Pack<float> tail = broadcast(0.5f) * p * t * exp_half_square;
+  return select(positive, broadcast(1.0f) - tail, tail);
+}
+
+inline Pack<float> sigmoid(Pack<float> z) {
+  return broadcast(1.0f) / (broadcast(1.0f) + exp(broadcast(0.0f) - z));
+}
+
+// float64 is there for derivative checks: the C library, lane by lane.
+template <class F>
+inline Pack<double> map_lanes(Pack<double> v, F f) {
+  double values[kLanes];
+  std::memcpy(values, &v, sizeof(v));
+  for (double& value : values) value = f(value);
+  std::memcpy(&v, values, sizeof(v));
+  return v;
+}
+
+// act(z) and d act / dz, over a Pack. NaN stays NaN.
+inline Pack<float> silu(Pack<float> z) { return z * sigmoid(z); }
+inline Pack<double> silu(Pack<double> z) {
+  return map_lanes(z, [](double v) { return v / (1 + std::exp(-v)); });
+}
+inline Pack<float> silu_derivative(Pack<float> z) {
+  const Pack<float> s = sigmoid(z);
+  return s * fma(z, broadcast(1.0f) - s, broadcast(1.0f));
+}
+inline Pack<double> silu_derivative(Pack<double> z) {
+  return map_lanes(z, [](double v) {
+    const double s = 1 / (1 + std::exp(-v));
+    return s * (1 + v * (1 - s));
+  });
+}
+inline Pack<float> gelu(Pack<float> z) {
+  return z * normal_cdf(z, exp(z * z * broadcast(-0.5f)));
+}
+inline Pack<double> gelu(Pack<double> z) {
+  return map_lanes(z, [](double v) { return 0.5 * v * (1 + std::erf(v * M_SQRT1_2)); });
+}
+inline Pack<float> gelu_derivative(Pack<float> z) {
+  const Pack<float> e = exp(z * z * broadcast(-0.5f));
+  return fma(z * broadcast(0.398942280f), e, normal_cdf(z, e));
+}
+inline Pack<double> gelu_derivative(Pack<double> z) {
+  return map_lanes(z, [](double v) {
+    const double pdf = std::exp(-0.5 * v * v) * 0.3989422804014326779;
+    return 0.5 * (1 + std::erf(v * M_SQRT1_2)) + v * pdf;
+  });
+}
+
+#undef RESOPS_EACH_REGISTER
+
+}  // namespace resops::RESOPS_ISA

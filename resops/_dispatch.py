@@ -1,0 +1,128 @@
+"""Which backend computes a call, and why another one cannot.
+
+Three backends implement every op: ``native`` (the C++ kernels of ``csrc``, registered as
+``torch.ops.resops``), ``triton`` (``triton_kernels``) and ``reference`` (plain PyTorch, the
+definition). ``auto`` takes the first that can do the call; a backend that was asked for by name
+and cannot do it raises :class:`BackendError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from . import _native
+
+BACKENDS = ("native", "triton", "reference")
+_CHOICES = ("auto", *BACKENDS)
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# op -> device types for which the backend has kernels. The reference takes everything.
+_KERNELS: dict[str, dict[str, frozenset[str]]] = {
+    "native": {
+        "batch_norm": frozenset({"cpu"}),
+        "residual_add": frozenset({"cpu"}),
+    },
+    "triton": {},
+}
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for by name cannot do this call; the message says why."""
+
+
+class _State(threading.local):
+    # A threading.local, not a ContextVar: torch.compile(fullgraph=True) can read the former only.
+    def __init__(self) -> None:
+        self.backend = _default
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in _CHOICES:
+        raise ValueError(f"{source} must be one of {', '.join(_CHOICES)}, but got {name!r}")
+    return name
+
+
+_default = _checked(os.environ.get("RESOPS_BACKEND", "auto"), "RESOPS_BACKEND")
+_state = _State()
+
+
+def get_backend() -> str:
+    """The backend chosen for this thread: ``auto``, ``native``, ``triton`` or ``reference``."""
+    return _state.backend
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of all later calls, in this thread and in threads started later.
+
+    Args:
+        name: ``auto`` (the fastest that can do the call), ``native``, ``triton`` or ``reference``.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+    """
+    global _default
+    _default = _state.backend = _checked(name, "backend")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the backend inside a ``with`` block, in this thread only.
+
+    The choice made in a forward pass is kept for its backward pass, wherever that runs.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+    """
+    before = _state.backend
+    _state.backend = _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _state.backend = before
+
+
+def unavailable_reason(backend: str, op: str | None = None) -> str | None:
+    """Why ``backend`` cannot compute ``op`` (or anything) in this installation; None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "native" and _native.error is not None:
+        return _native.error
+    if not _KERNELS[backend]:
+        return f"this version of resops has no {backend} kernels"
+    if op is not None and op not in _KERNELS[backend]:
+        return f"this version of resops has no {backend} kernel for {op}"
+    return None
+
+
+def refusal(backend: str, op: str, x: torch.Tensor) -> str | None:
+    """Why ``backend`` cannot compute ``op`` on an input like ``x``; None if it can."""
+    if backend == "reference":
+        return None
+    devices = _KERNELS[backend].get(op)
+    if devices is None or _native.error is not None:
+        return unavailable_reason(backend, op)
+    if x.device.type not in devices:
+        return f"the {backend} {op} has no kernel for {x.device.type} tensors"
+    if x.dtype not in _NATIVE_DTYPES:
+        return f"the {backend} {op} does not take {x.dtype}"
+    return None
+
+
+def choose(op: str, x: torch.Tensor) -> str:
+    """The backend that computes ``op`` on ``x`` under the present setting.
+
+    Raises:
+        BackendError: a backend was chosen by name and cannot do the call.
+    """
+    wanted = _state.backend
+    if wanted == "auto":
+        return "native" if refusal("native", op, x) is None else "reference"
+    reason = refusal(wanted, op, x)
+    if reason is not None:
+        raise BackendError(f"backend {wanted!r} cannot compute {op}: {reason}")
+    return wanted

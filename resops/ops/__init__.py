@@ -1,0 +1,1 @@
+"""One module per op: argument checks, the choice of the backend, autograd and fake kernels."""

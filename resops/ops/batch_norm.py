@@ -1,0 +1,359 @@
+"""``batch_norm``: argument checks, backend choice, autograd Function and fake kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch, _native
+from .._autograd import apply_function
+from ..reference import batch_norm as reference
+from ..reference.activation import ACTIVATIONS, MASKED_ACTIVATIONS, SMOOTH_ACTIVATIONS
+from ..reference.layout import empty_output, mask_size
+
+
+def check_arguments(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+) -> None:
+    """Raise what the C++ op raises for the same arguments (csrc/batch_norm.cpp), before any work.
+
+    For the reference backend and the fake kernels; the compiled op checks for itself.
+    """
+    check_input("batch_norm", x)
+    check_activation(activation)
+    size = list(x.shape)
+    count = size[0] * math.prod(size[2:])
+    if training and count == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.size()}"
+        )
+    if training and not eps > 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if not eps >= 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if math.isnan(momentum):
+        raise ValueError("batch_norm momentum must be a number, but got nan")
+    if not training:
+        for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
+            if statistic is None:
+                raise RuntimeError(f"{name} must be defined in evaluation mode")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(
+            "running_mean and running_var must either both be None or neither be None"
+        )
+    _check_pair("weight", weight, "bias", bias, x)
+    _check_pair("running_mean", running_mean, "running_var", running_var, x)
+    for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
+        if statistic is not None and statistic.requires_grad:
+            raise RuntimeError(
+                f"The function 'batch_norm' is not differentiable with respect to argument "
+                f"'{name}'. This input cannot have requires_grad True."
+            )
+    if residual is not None:
+        check_like("residual", residual, x)
+
+
+def check_input(op: str, x: Tensor) -> None:
+    """Raise unless ``x`` is a strided floating-point tensor of 2 or more dimensions."""
+    if x.dim() < 2:
+        raise ValueError(
+            f"{op} expects an input of size (N, C, *spatial), but got {x.dim()}-D input of size "
+            f"{list(x.shape)}"
+        )
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise NotImplementedError(f'"{op}" not implemented for {x.dtype}')
+    if x.layout != torch.strided:
+        raise NotImplementedError(f'"{op}" not implemented for layout {x.layout}')
+
+
+def check_activation(activation: str) -> None:
+    """Raise unless ``activation`` is one of the fused ones."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {', '.join(ACTIVATIONS)}, but got {activation!r}"
+        )
+
+
+def check_like(name: str, t: Tensor, x: Tensor) -> None:
+    """Raise unless ``t`` has the size, dtype and device of the input ``x``."""
+    if t.device != x.device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but input is on {x.device} and "
+            f"{name} is on {t.device}"
+        )
+    if t.shape != x.shape:
+        raise RuntimeError(
+            f"{name} should have the size {list(x.shape)} of the input, but got {list(t.shape)}"
+        )
+    if t.dtype != x.dtype:
+        raise RuntimeError(f"{name} should have the dtype {x.dtype} of the input, got {t.dtype}")
+
+
+def _check_pair(name1: str, t1: Tensor | None, name2: str, t2: Tensor | None, x: Tensor) -> None:
+    """Raise unless both are None or vectors of C elements of one dtype that goes with x's."""
+    channels = x.size(1)
+    for name, t in ((name1, t1), (name2, t2)):
+        if t is None:
+            continue
+        if t.device != x.device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but input is on {x.device} and "
+                f"{name} is on {t.device}"
+            )
+        if t.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {t.numel()}")
+        if t.dim() != 1:
+            raise RuntimeError(
+                f"{name} should be a vector of {channels} elements, but got size {list(t.shape)}"
+            )
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        if t.dtype != x.dtype and not (half and t.dtype == torch.float32):
+            wanted = f"{x.dtype} or torch.float32" if half else f"{x.dtype}"
+            raise RuntimeError(
+                f"mixed dtype: expect {name} to have dtype {wanted} for an input of {x.dtype}, "
+                f"but got {t.dtype}"
+            )
+    if t1 is not None and t2 is not None and t1.dtype != t2.dtype:
+        raise RuntimeError(
+            f"mixed dtype: expect {name1} and {name2} to have one dtype, but got {t1.dtype} and "
+            f"{t2.dtype}"
+        )
+
+
+def _backend(name: str) -> Any:
+    return torch.ops.resops if name == "native" else reference
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """The phases of one backend, and what is kept between them.
+
+    Saved: x, mean, invstd, weight, bias; with a residual the 1-bit mask for relu and leaky_relu,
+    the residual itself for silu and gelu.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        activation: str,
+        negative_slope: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.resops.batch_norm_forward(
+            x,
+            residual,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            training,
+            momentum,
+            eps,
+            activation,
+            negative_slope,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, residual, weight, bias, _, _, training, _, eps, activation, negative_slope = inputs
+        _, mean, invstd, mask = output
+        ctx.mark_non_differentiable(mean, invstd, mask)
+        ctx.set_materialize_grads(False)
+        kept = residual if activation in SMOOTH_ACTIVATIONS else None
+        ctx.save_for_backward(x, kept, weight, bias, mean, invstd, mask)
+        ctx.call = (training, eps, activation, negative_slope)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad_y is None:
+            return (None,) * 11
+        x, residual, weight, bias, mean, invstd, mask = ctx.saved_tensors
+        training, eps, activation, negative_slope = ctx.call
+        needed = list(ctx.needs_input_grad[:4])
+        backward = torch.ops.resops.batch_norm_backward
+        if torch.is_grad_enabled():  # create_graph=True: formulas that autograd can follow
+            backward = reference.batch_norm_backward
+            if training:
+                mean, var = reference.batch_norm_statistics(x)
+                invstd = torch.rsqrt(var + eps)
+        grads = backward(
+            grad_y,
+            x,
+            residual,
+            mask,
+            weight,
+            bias,
+            mean,
+            invstd,
+            training,
+            activation,
+            negative_slope,
+            needed,
+        )
+        return (*(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 7)
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """See :func:`resops.functional.batch_norm_act`."""
+    if activation is None:
+        activation = "identity"
+    if residual is not None and residual.dtype != x.dtype:
+        # torch's own add promotes; under autocast a branch may come in another dtype.
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
+    args = (
+        x,
+        residual,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
+        activation,
+        negative_slope,
+    )
+    if _dispatch.choose("batch_norm", x) == "reference" or torch.compiler.is_exporting():
+        check_arguments(*args[:-1])
+        return reference.batch_norm(*args)
+    if torch.is_grad_enabled():
+        return apply_function(BatchNormFunction, *args)[0]
+    return torch.ops.resops.batch_norm_forward(*args)[0]
+
+
+# Fake kernels: sizes, dtypes and strides of what the compiled ops return.
+
+
+def _statistic_like(x: Tensor) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.empty(x.size(1), dtype=dtype, device=x.device)
+
+
+def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=x.device)
+
+
+def _mask_like(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    masked = residual is not None and activation in MASKED_ACTIVATIONS
+    return torch.empty(mask_size(y) if masked else 0, dtype=torch.uint8, device=y.device)
+
+
+def _fake_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    check_input("batch_norm", x)
+    return _statistic_like(x), _statistic_like(x)
+
+
+def _fake_apply(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor]:
+    y = empty_output(x)
+    return y, _mask_like(y, residual, activation)
+
+
+def _fake_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_arguments(
+        x, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation
+    )
+    y = empty_output(x)
+    return y, _statistic_like(x), _statistic_like(x), _mask_like(y, residual, activation)
+
+
+def _fake_backward_reduce(grad_y: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _statistic_like(x), _statistic_like(x)
+
+
+def _fake_backward_apply(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    need_grad_x, need_grad_residual = rest[-2:]
+    return (
+        empty_output(x) if need_grad_x else _empty(x, x.dtype),
+        empty_output(x) if need_grad_residual else _empty(x, x.dtype),
+    )
+
+
+def _fake_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    activation: str,
+    negative_slope: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def parameter_grad(parameter: Tensor | None, needed: bool) -> Tensor:
+        dtype = mean.dtype if parameter is None else parameter.dtype
+        return torch.empty(x.size(1) if needed else 0, dtype=dtype, device=x.device)
+
+    return (
+        empty_output(x) if output_mask[0] else _empty(x, x.dtype),
+        empty_output(x) if output_mask[1] else _empty(x, x.dtype),
+        parameter_grad(weight, output_mask[2]),
+        parameter_grad(bias, output_mask[3]),
+    )
+
+
+if _native.error is None:
+    for _phase, _fake in {
+        "statistics": _fake_statistics,
+        "apply": _fake_apply,
+        "forward": _fake_forward,
+        "backward_reduce": _fake_backward_reduce,
+        "backward_apply": _fake_backward_apply,
+        "backward": _fake_backward,
+    }.items():
+        torch.library.register_fake(f"resops::batch_norm_{_phase}", _fake)
