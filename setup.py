@@ -60,7 +60,7 @@ def wants_extension() -> bool:
         raise SystemExit(f"resops: no C++ compiler {name}was found; install one, e.g. g++.")
     print(
         f"resops: no C++ compiler {name}was found, so nothing is compiled and the package will "
-        "compute with plain PyTorch; for the fast kernels install one, e.g. g++, and install again.",
+        "compute with plain PyTorch; for the fast kernels install g++ and then this again.",
         file=sys.stderr,
     )
     return False
@@ -119,7 +119,7 @@ def cuda_architectures(nvcc_version: tuple[int, int]) -> list[str]:
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not listed:
         query = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-        listed = sorted(set((query or "").split()), key=lambda text: tuple(map(int, text.split("."))))
+        listed = sorted(set((query or "").split()), key=float)
     if not listed:
         listed = [name for name, since in DEFAULT_ARCHITECTURES if nvcc_version >= since]
         listed[-1] += "+PTX"
@@ -127,7 +127,7 @@ def cuda_architectures(nvcc_version: tuple[int, int]) -> list[str]:
     for text in listed:
         parts = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", text)
         if parts is None:
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: '{text}' is not of the form 9.0, 9.0a or 9.0+PTX")
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: '{text}' is not like 9.0, 9.0a or 9.0+PTX")
         number = parts[1] + parts[2]
         found += [f"{number}-real", f"{number}-virtual"] if parts[3] else [f"{number}-real"]
     return found
@@ -156,13 +156,13 @@ def cuda_options() -> tuple[list[str], str]:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake and ninja in build/<tag>, a fixed folder, so that a second build is a short one."""
+    """Runs CMake and ninja in build/<tag>, a fixed folder, so that a rebuild is a short one."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
         torch = import_torch()
-        torch_root = Path(torch.__file__).parent
+        torch_root = Path(torch.__path__[0])
         sanitizer = os.environ.get("RESOPS_SANITIZE", "")
         tag = "-".join(
             filter(

@@ -14,9 +14,8 @@ namespace resops {
 
 void check_batch_norm_forward(const at::Tensor& x, const OptionalTensor& residual,
                               const OptionalTensor& weight, const OptionalTensor& bias,
-                              const OptionalTensor& running_mean,
-                              const OptionalTensor& running_var, bool training, double momentum,
-                              double eps) {
+                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                              bool training, double momentum, double eps) {
   check_input("batch_norm", x);
   int64_t count = x.size(0);
   for (int64_t d = 2; d < x.dim(); ++d) count *= x.size(d);

@@ -14,9 +14,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 void check_batch_norm_forward(const at::Tensor& x, const OptionalTensor& residual,
                               const OptionalTensor& weight, const OptionalTensor& bias,
-                              const OptionalTensor& running_mean,
-                              const OptionalTensor& running_var, bool training, double momentum,
-                              double eps);
+                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                              bool training, double momentum, double eps);
 
 void check_batch_norm_apply(const at::Tensor& x, const OptionalTensor& residual,
                             const OptionalTensor& weight, const OptionalTensor& bias,

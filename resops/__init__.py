@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import functional, models, nn
 from ._dispatch import BackendError, backend, get_backend, set_backend
-from .info import __version__, show_env
+from ._version import __version__
 
 __all__ = [
     "BackendError",
@@ -17,3 +17,13 @@ __all__ = [
     "set_backend",
     "show_env",
 ]
+
+
+def show_env() -> None:
+    """Print versions, devices, what was built, which backends are there, and why others are not.
+
+    The same as ``python -m resops.info``.
+    """
+    from .info import show_env as show  # python -m resops.info must find it not yet imported
+
+    show()

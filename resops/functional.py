@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from .ops.batch_norm import batch_norm as _batch_norm
+from .ops.conv_bn_act import conv_bn_act as _conv_bn_act
+from .ops.residual_add import residual_add as _residual_add
 
-__all__ = ["batch_norm_act"]
+__all__ = ["batch_norm_act", "conv_bn_act", "residual_add"]
 
 
 def batch_norm_act(
@@ -74,4 +76,133 @@ def batch_norm_act(
         residual=residual,
         activation=activation,
         negative_slope=negative_slope,
+    )
+
+
+def conv_bn_act(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """Convolution, batch norm, residual addition and activation.
+
+    ``y = act(batch_norm(conv(input) + conv_bias) [+ residual])``. In training the library's
+    convolution is followed by :func:`batch_norm_act`; in evaluation, where no gradient is asked
+    for, the batch norm is folded into the convolution's weights (docs/math/conv_bn_act.md).
+
+    Args:
+        input: (N, C_in, *spatial) with 1 to 3 spatial dimensions.
+        conv_weight: (C, C_in / groups, *kernel).
+        conv_bias: (C,) or None.
+        running_mean, running_var, weight, bias, training, momentum, eps: as in
+            :func:`batch_norm_act`, (C,) each.
+        stride, padding, dilation, groups: as in ``F.conv2d``; padding may be "same" or "valid".
+        residual: like the output; added before the activation.
+        activation: "relu", "leaky_relu", "silu", "gelu" (exact) or None.
+        negative_slope: of leaky_relu.
+
+    Returns:
+        (N, C, *spatial), in the memory format that the convolution returns.
+
+    Raises:
+        ValueError: a conv_weight without 1 to 3 kernel dimensions; an unknown activation; what
+            :func:`batch_norm_act` raises.
+        RuntimeError: sizes, dtypes or devices that do not fit, in PyTorch's own words.
+    """
+    return _conv_bn_act(
+        input,
+        conv_weight,
+        conv_bias,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        residual=residual,
+        activation=activation,
+        negative_slope=negative_slope,
+    )
+
+
+def residual_add(
+    input: Tensor,
+    residual: Tensor,
+    alpha: float | Tensor = 1.0,
+    beta: float | Tensor | str = 1.0,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    alpha_backward: float | Tensor | None = None,
+    beta_backward: float | Tensor | str | None = None,
+) -> Tensor:
+    """Weighted residual addition and activation in one op.
+
+    ``y = act(alpha * input + beta * residual)``: the join of He, Zhang, Ren and Sun, "Deep
+    Residual Learning for Image Recognition", 2016, Eq. 1, where both weights are 1. Each weight is
+
+    * a number: 1 / sqrt(2) keeps the variance of a sum of two;
+    * a tensor of one element: a learnable scalar (SkipInit, Fixup);
+    * a tensor of size (N,) or (N, 1, ..., 1): one weight per sample (stochastic depth, ShakeDrop,
+      shake-shake);
+    * a tensor of input's size: a gate (Highway Networks).
+
+    A tensor of size (N,) goes by samples, also where broadcasting would take another dimension.
+    docs/math/residual_add.md has the papers. First and second derivatives are those of autograd.
+
+    Args:
+        input: (N, *), float32, bfloat16, float16 or float64; any strides. The branch.
+        residual: like ``input``. The shortcut. Of another floating dtype, both are promoted as
+            ``+`` would.
+        alpha: weight of ``input``. A scalar or per-sample tensor is float32 or of input's dtype,
+            float64 for float64; an elementwise one of input's dtype, or promoted with it.
+        beta: weight of ``residual``, likewise; "complement" stands for ``1 - alpha``.
+        activation: "relu", "leaky_relu", "silu", "gelu" (exact) or None.
+        negative_slope: of leaky_relu.
+        alpha_backward: the weight that stands in alpha's place in the backward pass (shake-shake,
+            ShakeDrop); alpha and beta have no gradient then. None for alpha, or, if
+            ``beta_backward`` is not None either, for no such weights.
+        beta_backward: likewise in beta's place; None for beta, where "complement" means
+            ``1 - alpha_backward``.
+
+    Returns:
+        Like ``input``, in its memory format (channels-last or contiguous).
+
+    Raises:
+        ValueError: an unknown activation; backward weights beside silu or gelu; a string other than
+            "complement"; an input without dimensions.
+        TypeError: a weight that is neither a number nor a tensor.
+        RuntimeError: an argument whose size, dtype or device does not fit.
+        NotImplementedError: an integer or complex input.
+        BackendError: a backend chosen by name that cannot do this call.
+    """
+    return _residual_add(
+        input,
+        residual,
+        alpha,
+        beta,
+        activation=activation,
+        negative_slope=negative_slope,
+        alpha_backward=alpha_backward,
+        beta_backward=beta_backward,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import sys
 from typing import Any
 
 import torch
@@ -116,7 +115,7 @@ def _print_section(title: str, rows: dict[str, object]) -> None:
 
 
 def show_env() -> None:
-    """Print versions, devices, what was built, and which backend can compute which op, or why not."""
+    """Print versions, devices, what was built, and which backend can do which op, or why not."""
     facts = environment()
     missing = "not installed; `pip install {}` adds it"
     _print_section(
@@ -137,4 +136,4 @@ def show_env() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(show_env())
+    show_env()

@@ -14,9 +14,7 @@
 
 namespace resops {
 
-inline bool is_half(at::ScalarType dtype) {
-  return dtype == at::kHalf || dtype == at::kBFloat16;
-}
+inline bool is_half(at::ScalarType dtype) { return dtype == at::kHalf || dtype == at::kBFloat16; }
 
 // Statistics and sums: fp32, or fp64 for fp64.
 inline at::ScalarType statistic_dtype(const at::Tensor& x) {
@@ -42,9 +40,9 @@ inline Activation parse_activation(std::string_view name) {
   if (name == "leaky_relu") return Activation::leaky_relu;
   if (name == "silu") return Activation::silu;
   if (name == "gelu") return Activation::gelu;
-  TORCH_CHECK_VALUE(
-      false, "activation must be one of identity, relu, leaky_relu, silu, gelu, but got '",
-      std::string(name), "'");
+  TORCH_CHECK_VALUE(false,
+                    "activation must be one of identity, relu, leaky_relu, silu, gelu, but got '",
+                    std::string(name), "'");
 }
 
 inline void check_input(const char* op, const at::Tensor& x) {
@@ -70,8 +68,8 @@ inline void check_like(const char* name, const at::Tensor& t, const at::Tensor& 
   check_device(name, t, x);
   TORCH_CHECK(t.sizes() == x.sizes(), name, " should have the size ", x.sizes(),
               " of the input, but got ", t.sizes());
-  TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " should have the dtype ",
-              x.scalar_type(), " of the input, got ", t.scalar_type());
+  TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " should have the dtype ", x.scalar_type(),
+              " of the input, got ", t.scalar_type());
 }
 
 inline void check_vector(const char* name, const at::Tensor& t, const at::Tensor& x) {
@@ -100,8 +98,8 @@ inline void check_pair(const char* name1, const std::optional<at::Tensor>& t1, c
     const bool fits = t->scalar_type() == x.scalar_type() ||
                       (is_half(x.scalar_type()) && t->scalar_type() == at::kFloat);
     TORCH_CHECK(fits, "mixed dtype: expect ", name, " to have dtype ", x.scalar_type(),
-                is_half(x.scalar_type()) ? " or Float" : "", " for an input of ",
-                x.scalar_type(), ", but got ", t->scalar_type());
+                is_half(x.scalar_type()) ? " or Float" : "", " for an input of ", x.scalar_type(),
+                ", but got ", t->scalar_type());
   };
   check(name1, t1);
   check(name2, t2);

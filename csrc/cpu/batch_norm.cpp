@@ -29,7 +29,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kPieceElements = 32768;  // at least, where there are more: 128 KB in fp32
-constexpr int64_t kPieceRows = 128;         // at least, in a channels-last reduction: one block
+constexpr int64_t kPieceRows = 128;        // at least, in a channels-last reduction: one block
 constexpr int64_t kMaxPieces = 256;        // of a channels-last reduction
 // Outputs from this size on bypass the caches, which could not hold them until they are read.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
@@ -112,8 +112,8 @@ Partials reduce_pieces(const Walk& walk, F f) {
   Partials out;
   out.columns = walk.parameters();
   if (walk.channels_last) {
-    const int64_t rows_per = std::max({kPieceElements / walk.width, kPieceRows,
-                                       ceil_div(walk.rows, kMaxPieces)});
+    const int64_t rows_per =
+        std::max({kPieceElements / walk.width, kPieceRows, ceil_div(walk.rows, kMaxPieces)});
     const int64_t full = ceil_div(walk.rows, rows_per);
     out.slots = full + (walk.tail > 0);
     out.a.reset(new double[out.slots * out.columns]);
@@ -134,11 +134,10 @@ Partials reduce_pieces(const Walk& walk, F f) {
   const int64_t per_plane = ceil_div(walk.width, 2 * kPieceElements);
   const int64_t part = ceil_div(ceil_div(walk.width, per_plane), 16) * 16;
   const int64_t samples = walk.rows / walk.channels;
-  const int64_t group = std::clamp<int64_t>(kPieceElements / 4 / part, 1,
-                                            std::min<int64_t>(walk.channels, 64));
+  const int64_t group =
+      std::clamp<int64_t>(kPieceElements / 4 / part, 1, std::min<int64_t>(walk.channels, 64));
   const int64_t groups = ceil_div(walk.channels, group);
-  const int64_t samples_per =
-      std::clamp<int64_t>(2 * kPieceElements / (part * group), 1, samples);
+  const int64_t samples_per = std::clamp<int64_t>(2 * kPieceElements / (part * group), 1, samples);
   const int64_t chunks = ceil_div(samples, samples_per);
   out.slots = chunks * per_plane;
   out.a.reset(new double[out.slots * out.columns]);
@@ -260,7 +259,8 @@ void set_affine(BatchNormArgs& args, Parameters& parameters, const Walk& walk, c
   args.bias = parameters.add(to_vector(bias, walk.channels, 0));
 }
 
-// ---- phases ----------------------------------------------------------------------------------------
+// ---- phases
+// ----------------------------------------------------------------------------------------
 
 struct Statistics {
   std::vector<double> mean, m2;  // C each; var = m2 / M
@@ -271,10 +271,9 @@ Statistics compute_statistics(const Walk& walk, const Tensor& x) {
   if (walk.numel == 0) return out;
   const BatchNormKernels& k = kernels();
   const BatchNormArgs args = kernel_args(walk, x, Activation::identity, 0);
-  const Partials parts = reduce_pieces(
-      walk, [&](BatchNormSpan span, int64_t c0, int64_t c1, double* mean, double* m2) {
-        k.statistics(args, span, c0, c1, mean, m2);
-      });
+  const Partials parts =
+      reduce_pieces(walk, [&](BatchNormSpan span, int64_t c0, int64_t c1, double* mean,
+                              double* m2) { k.statistics(args, span, c0, c1, mean, m2); });
   const int64_t columns = parts.columns;
   double* mean = parts.a.get();
   double* m2 = parts.b.get();
@@ -311,14 +310,15 @@ Statistics compute_statistics(const Walk& walk, const Tensor& x) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> run_apply(const Walk& walk, const Tensor& x, const OptionalTensor& residual,
-                                     const OptionalTensor& weight, const OptionalTensor& bias,
-                                     const Tensor& mean, const Tensor& invstd,
-                                     Activation activation, double negative_slope) {
+std::tuple<Tensor, Tensor> run_apply(const Walk& walk, const Tensor& x,
+                                     const OptionalTensor& residual, const OptionalTensor& weight,
+                                     const OptionalTensor& bias, const Tensor& mean,
+                                     const Tensor& invstd, Activation activation,
+                                     double negative_slope) {
   Tensor y = walk.layout.empty(x);
   const bool masked = residual && is_masked(activation);
-  Tensor mask = at::empty({masked ? walk.mask_bytes : 0}, x.options().dtype(at::kByte).memory_format(
-                                                               at::MemoryFormat::Contiguous));
+  Tensor mask = at::empty({masked ? walk.mask_bytes : 0},
+                          x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
   if (walk.numel == 0) return {y, mask};
   BatchNormArgs args = kernel_args(walk, x, activation, negative_slope);
   Parameters parameters(walk, x);
@@ -374,8 +374,8 @@ GradSums run_reduce(const Walk& walk, const BackwardCall& call) {
   GradSums out{std::vector<double>(walk.channels), std::vector<double>(walk.channels)};
   if (walk.numel == 0) return out;
   const BatchNormKernels& k = kernels();
-  const Partials parts = reduce_pieces(
-      walk, [&](BatchNormSpan span, int64_t c0, int64_t c1, double* a, double* b) {
+  const Partials parts =
+      reduce_pieces(walk, [&](BatchNormSpan span, int64_t c0, int64_t c1, double* a, double* b) {
         k.backward_reduce(call.args, span, c0, c1, a, b);
       });
   for (int64_t slot = 0; slot < parts.slots; ++slot) {
@@ -391,7 +391,8 @@ GradSums run_reduce(const Walk& walk, const BackwardCall& call) {
   return out;
 }
 
-// grad_x = scale * (g - mean_grad - xhat * mean_grad_xhat), with xhat = (x - mean) * invstd.
+// grad_x = scale * (g - mean_grad - xhat * mean_grad_xhat), with xhat = (x - mean) * invstd; only
+// the first term where the means are empty, for frozen statistics.
 std::tuple<Tensor, Tensor> run_backward_apply(const Walk& walk, BackwardCall& call,
                                               const Tensor& invstd, const OptionalTensor& weight,
                                               const std::vector<double>& mean_grad,
@@ -401,16 +402,18 @@ std::tuple<Tensor, Tensor> run_backward_apply(const Walk& walk, BackwardCall& ca
   Tensor grad_x = need_grad_x ? walk.layout.empty(call.x) : none;
   Tensor grad_residual = need_grad_residual ? walk.layout.empty(call.x) : none;
   if (walk.numel == 0 || (!need_grad_x && !need_grad_residual)) return {grad_x, grad_residual};
-  const std::vector<double> inverse = to_vector(invstd, walk.channels, 0);
-  const std::vector<double> gamma = to_vector(weight, walk.channels, 1);
-  std::vector<double> slope(walk.channels), offset(walk.channels);
-  for (int64_t c = 0; c < walk.channels; ++c) {
-    slope[c] = -gamma[c] * inverse[c] * inverse[c] * mean_grad_xhat[c];
-    offset[c] = -gamma[c] * inverse[c] * mean_grad[c];
-  }
   BatchNormArgs args = call.args;
-  args.grad_slope = call.parameters.add(slope);
-  args.grad_offset = call.parameters.add(offset);
+  if (!mean_grad.empty()) {
+    const std::vector<double> inverse = to_vector(invstd, walk.channels, 0);
+    const std::vector<double> gamma = to_vector(weight, walk.channels, 1);
+    std::vector<double> slope(walk.channels), offset(walk.channels);
+    for (int64_t c = 0; c < walk.channels; ++c) {
+      slope[c] = -gamma[c] * inverse[c] * inverse[c] * mean_grad_xhat[c];
+      offset[c] = -gamma[c] * inverse[c] * mean_grad[c];
+    }
+    args.grad_slope = call.parameters.add(slope);
+    args.grad_offset = call.parameters.add(offset);
+  }
   args.grad_x = need_grad_x ? grad_x.mutable_data_ptr() : nullptr;
   args.grad_residual = need_grad_residual ? grad_residual.mutable_data_ptr() : nullptr;
   args.streaming = (!need_grad_x || can_stream(walk, grad_x)) &&
@@ -425,14 +428,15 @@ std::tuple<Tensor, Tensor> run_backward_apply(const Walk& walk, BackwardCall& ca
 }
 
 Tensor statistic(const Tensor& x, const std::vector<double>& values) {
-  Tensor t = at::empty({static_cast<int64_t>(values.size())},
-                       x.options().dtype(statistic_dtype(x)).memory_format(
-                           at::MemoryFormat::Contiguous));
+  Tensor t =
+      at::empty({static_cast<int64_t>(values.size())},
+                x.options().dtype(statistic_dtype(x)).memory_format(at::MemoryFormat::Contiguous));
   write_vector(t, values);
   return t;
 }
 
-// ---- the ops --------------------------------------------------------------------------------------
+// ---- the ops
+// --------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& x) {
   check_input("batch_norm", x);
@@ -467,8 +471,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
     const OptionalTensor& running_var, bool training, double momentum, double eps,
     std::string_view activation, double negative_slope) {
   const Activation act = parse_activation(activation);
-  check_batch_norm_forward(x, residual, weight, bias, running_mean, running_var, training,
-                           momentum, eps);
+  check_batch_norm_forward(x, residual, weight, bias, running_mean, running_var, training, momentum,
+                           eps);
   const Walk walk(x);
   const Tensor dense = walk.layout.dense(x);
   std::vector<double> mean, invstd;
@@ -498,8 +502,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
 std::tuple<Tensor, Tensor> batch_norm_backward_reduce(
     const Tensor& grad_y, const Tensor& x, const OptionalTensor& residual,
     const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& bias,
-    const Tensor& mean, const Tensor& invstd, std::string_view activation,
-    double negative_slope) {
+    const Tensor& mean, const Tensor& invstd, std::string_view activation, double negative_slope) {
   const Activation act = parse_activation(activation);
   check_input("batch_norm", x);
   const Walk walk(x);
@@ -532,8 +535,12 @@ std::tuple<Tensor, Tensor> batch_norm_backward_apply(
   }
   BackwardCall call(walk, grad_y, x, residual, mask, weight, bias, mean, invstd, act,
                     negative_slope);
-  return run_backward_apply(walk, call, invstd, weight, to_vector(mean_grad, walk.channels, 0),
-                            to_vector(mean_grad_xhat, walk.channels, 0), need_grad_x,
+  std::vector<double> means, means_xhat;
+  if (mean_grad) {
+    means = to_vector(mean_grad, walk.channels, 0);
+    means_xhat = to_vector(mean_grad_xhat, walk.channels, 0);
+  }
+  return run_backward_apply(walk, call, invstd, weight, means, means_xhat, need_grad_x,
                             need_grad_residual);
 }
 
@@ -555,11 +562,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const std::vector<double> inverse = to_vector(invstd, walk.channels, 0);
   for (int64_t c = 0; c < walk.channels; ++c) sums.grad_centred[c] *= inverse[c];
 
-  const double divisor = static_cast<double>(std::max<int64_t>(walk.count, 1));
-  std::vector<double> mean_grad(walk.channels), mean_grad_xhat(walk.channels);
-  for (int64_t c = 0; training && c < walk.channels; ++c) {
-    mean_grad[c] = sums.grad[c] / divisor;
-    mean_grad_xhat[c] = sums.grad_centred[c] / divisor;
+  std::vector<double> mean_grad, mean_grad_xhat;
+  if (training) {
+    const double m = static_cast<double>(std::max<int64_t>(walk.count, 1));
+    for (double sum : sums.grad) mean_grad.push_back(sum / m);
+    for (double sum : sums.grad_centred) mean_grad_xhat.push_back(sum / m);
   }
   auto [grad_x, grad_residual] = run_backward_apply(walk, call, invstd, weight, mean_grad,
                                                     mean_grad_xhat, need_x, need_residual);

@@ -18,7 +18,7 @@
 namespace resops::RESOPS_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 128;      // additions in the accumulation type before a merge
+constexpr int64_t kBlockRows = 128;        // additions in the accumulation type before a merge
 constexpr int64_t kPrefetchBytes = 16384;  // how far ahead of the reductions memory is asked for
 
 // Asks for `bytes` of memory around `p` to come to the second-level cache. The reductions walk
@@ -66,7 +66,8 @@ inline void put(T* p, Pack<acc_t<T>> v, int64_t count) {
   }
 }
 
-// ---- forward --------------------------------------------------------------------------------------
+// ---- forward
+// --------------------------------------------------------------------------------------
 
 template <class T, Activation kAct, bool kResidual, bool kStream>
 void apply_rows(const BatchNormArgs& a, BatchNormSpan span) {
@@ -116,15 +117,50 @@ void apply(const BatchNormArgs& a, BatchNormSpan span) {
   });
 }
 
+// The sums are of x - shift, with a shift per channel that has to lie within a few standard
+// deviations of the mean. It begins as the average of the middle two of four values, which one
+// outlier does not move and which is exact where they have a bit to spare, so that exact data give
+// exact statistics; a mean further from it than two standard deviations replaces it.
+template <class acc>
+inline bool is_far(acc offset, acc count, acc m2) {
+  return offset * offset * count > 4 * m2;
+}
+
+template <class T>
+inline acc_t<T> first_shift(const T* x, int64_t count, int64_t step) {
+  using acc = acc_t<T>;
+  const auto value = [&](int64_t i) { return to_acc(x[(count - 1) * i / 3 * step]); };
+  const acc a = value(0), b = value(1), c = value(2), d = value(3);
+  const acc low = std::max(std::min(a, b), std::min(c, d));
+  const acc high = std::min(std::max(a, b), std::max(c, d));
+  return low / 2 + high / 2;
+}
+
 // Running (count, mean, M2) in double of `width` columns, fed with blocks of shifted sums.
 template <class acc>
 struct ShiftedSums {
   explicit ShiftedSums(int64_t columns)
       : width(columns), shift(columns), sum(columns), square(columns) {}
 
-  // Adds a block of `rows` rows whose sums of (x - shift) and (x - shift)^2 are in sum and square,
-  // and moves the shift of columns whose mean turned out to be far from it, in units of their
-  // standard deviation. A shift that is near enough stays, so that exact data stay exact.
+  // For the first block: moves shifts that are far from the mean. Then the block is to be summed
+  // again, since cancellation would have eaten its variance.
+  bool recentre(int64_t rows) {
+    const acc n = static_cast<acc>(rows);
+    bool moved = false;
+    for (int64_t c = 0; c < width; ++c) {
+      const acc offset = sum[c] / n;
+      moved |= is_far(offset, n, std::max(square[c] - sum[c] * offset, acc(0)));
+    }
+    if (!moved) return false;
+    for (int64_t c = 0; c < width; ++c) {
+      const acc offset = sum[c] / n;
+      if (is_far(offset, n, std::max(square[c] - sum[c] * offset, acc(0)))) shift[c] += offset;
+      sum[c] = square[c] = 0;
+    }
+    return true;
+  }
+
+  // Adds a block of `rows` rows whose sums of (x - shift) and (x - shift)^2 are in sum and square.
   void merge_block(int64_t rows, double* mean, double* m2) {
     const double n = static_cast<double>(count), b = static_cast<double>(rows), total = n + b;
     const double mean_weight = b / total, m2_weight = n * b / total, inverse = 1 / b;
@@ -138,7 +174,7 @@ struct ShiftedSums {
       mean[c] = merged_mean;
       m2[c] = merged_m2;
       const double away = merged_mean - static_cast<double>(shift[c]);
-      shift[c] = away * away * total > 16 * merged_m2 ? static_cast<acc>(merged_mean) : shift[c];
+      shift[c] = is_far(away, total, merged_m2) ? static_cast<acc>(merged_mean) : shift[c];
       sum[c] = square[c] = 0;
     }
     count += rows;
@@ -149,59 +185,68 @@ struct ShiftedSums {
   std::vector<acc> shift, sum, square;
 };
 
+// Sums rows [begin, end) of (x - shift) and (x - shift)^2, column by column.
+template <class T>
+void sum_block(const T* x, int64_t width, int64_t begin, int64_t end, ShiftedSums<acc_t<T>>& sums) {
+  using acc = acc_t<T>;
+  constexpr int kRows = 8;  // share one load and store of the sums
+  const int64_t ahead = std::max<int64_t>(kPrefetchBytes / (width * sizeof(T)), kRows) * width;
+  const acc* const shift = sums.shift.data();
+  acc* const sum = sums.sum.data();
+  acc* const square = sums.square.data();
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) {
+    const T* p = x + row * width;
+    for (int64_t c = 0; c < width; c += kLanes) {
+      prefetch(p + ahead + c * kRows, kRows * kLanes * sizeof(T));
+      const Pack<acc> k = load(shift + c);
+      Pack<acc> s0 = load(sum + c), q0 = load(square + c);
+      Pack<acc> s1 = broadcast(acc(0)), q1 = s1;
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; i += 2) {
+        const Pack<acc> d0 = load(p + i * width + c) - k, d1 = load(p + (i + 1) * width + c) - k;
+        s0 = s0 + d0;
+        q0 = fma(d0, d0, q0);
+        s1 = s1 + d1;
+        q1 = fma(d1, d1, q1);
+      }
+      store(sum + c, s0 + s1);
+      store(square + c, q0 + q1);
+    }
+  }
+  for (; row < end; ++row) {
+    const T* p = x + row * width;
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const Pack<acc> d = load(p + c) - load(shift + c);
+      store(sum + c, load(sum + c) + d);
+      store(square + c, fma(d, d, load(square + c)));
+    }
+  }
+}
+
 template <class T>
 void statistics_channels_last(const BatchNormArgs& a, BatchNormSpan span, double* mean,
                               double* m2) {
-  using acc = acc_t<T>;
-  const int64_t width = a.width;
+  const int64_t width = a.width, rows = span.row_end - span.row_begin;
   const T* x = static_cast<const T*>(a.x);
+  std::fill(mean, mean + width, 0.0);
   std::fill(m2, m2 + width, 0.0);
   if (span.end < width) {  // the shorter last row: every value is its own mean
-    std::fill(mean, mean + width, 0.0);
     for (int64_t c = span.begin; c < span.end; ++c) {
       mean[c] = static_cast<double>(to_acc(x[span.row_begin * width + c]));
     }
     return;
   }
-  ShiftedSums<acc> sums(width);
+  ShiftedSums<acc_t<T>> sums(width);
+  const int64_t first_rows = std::min(rows, kBlockRows);
   for (int64_t c = 0; c < width; ++c) {
-    sums.shift[c] = to_acc(x[span.row_begin * width + c]);
-    mean[c] = static_cast<double>(sums.shift[c]);
+    sums.shift[c] = first_shift(x + span.row_begin * width + c, first_rows, width);
   }
-  constexpr int kRows = 8;  // share one load and store of the sums
-  const int64_t ahead = std::max<int64_t>(kPrefetchBytes / (width * sizeof(T)), kRows) * width;
-  acc* const shift = sums.shift.data();
-  acc* const sum = sums.sum.data();
-  acc* const square = sums.square.data();
   for (int64_t begin = span.row_begin; begin < span.row_end; begin += kBlockRows) {
     const int64_t end = std::min(begin + kBlockRows, span.row_end);
-    int64_t row = begin;
-    for (; row + kRows <= end; row += kRows) {
-      const T* p = x + row * width;
-      for (int64_t c = 0; c < width; c += kLanes) {
-        prefetch(p + ahead + c * kRows, kRows * kLanes * sizeof(T));
-        const Pack<acc> k = load(shift + c);
-        Pack<acc> s0 = load(sum + c), q0 = load(square + c);
-        Pack<acc> s1 = broadcast(acc(0)), q1 = s1;
-#pragma GCC unroll 4
-        for (int i = 0; i < kRows; i += 2) {
-          const Pack<acc> d0 = load(p + i * width + c) - k, d1 = load(p + (i + 1) * width + c) - k;
-          s0 = s0 + d0;
-          q0 = fma(d0, d0, q0);
-          s1 = s1 + d1;
-          q1 = fma(d1, d1, q1);
-        }
-        store(sum + c, s0 + s1);
-        store(square + c, q0 + q1);
-      }
-    }
-    for (; row < end; ++row) {
-      const T* p = x + row * width;
-      for (int64_t c = 0; c < width; c += kLanes) {
-        const Pack<acc> d = load(p + c) - load(shift + c);
-        store(sum + c, load(sum + c) + d);
-        store(square + c, fma(d, d, load(square + c)));
-      }
+    sum_block(x, width, begin, end, sums);
+    if (begin == span.row_begin && sums.recentre(end - begin)) {
+      sum_block(x, width, begin, end, sums);
     }
     sums.merge_block(end - begin, mean, m2);
   }
@@ -213,7 +258,8 @@ template <class F, class Flush>
 inline void for_blocks(int64_t begin, int64_t end, int64_t& pending, F f, Flush flush) {
   int64_t c = begin;
   while (c < end) {
-    const int64_t stop = std::min(end, c + (kBlockRows * kLanes - pending + kLanes - 1) / kLanes * kLanes);
+    const int64_t stop =
+        std::min(end, c + (kBlockRows * kLanes - pending + kLanes - 1) / kLanes * kLanes);
     pending += stop - c;
     for (; c + kLanes <= stop; c += kLanes) f(c, kLanes);
     if (c < stop) {
@@ -222,6 +268,23 @@ inline void for_blocks(int64_t begin, int64_t end, int64_t& pending, F f, Flush 
     }
     if (pending >= kBlockRows * kLanes) flush();
   }
+}
+
+// A shift for a channel, from the first values of one of its planes.
+template <class T>
+acc_t<T> pilot_shift(const T* x, int64_t count) {
+  using acc = acc_t<T>;
+  const acc shift = first_shift(x, count, 1);
+  Pack<acc> sum = broadcast(acc(0)), square = sum;
+  for (int64_t c = 0; c < count; c += kLanes) {
+    const Pack<acc> d = keep(load(x + c, count - c) - broadcast(shift), count - c);
+    sum = sum + d;
+    square = fma(d, d, square);
+  }
+  const acc n = static_cast<acc>(count), total = static_cast<acc>(horizontal_sum(sum));
+  const acc offset = total / n;
+  const acc m2 = static_cast<acc>(horizontal_sum(square)) - total * offset;
+  return is_far(offset, n, std::max(m2, acc(0))) ? shift + offset : shift;
 }
 
 template <class T>
@@ -233,29 +296,29 @@ void statistics_contiguous(const BatchNormArgs& a, BatchNormSpan span, int64_t c
   struct Sums {
     Pack<acc> sum, square;
     acc shift;
-    int64_t count, pending;
+    int64_t count, pending;  // values merged, and values in sum and square
   };
   const auto plane = [&](int64_t n, int64_t i) {
     return x + (n * a.channels + channel_begin + i) * a.width;
   };
   std::vector<Sums> all(channels);
+  const int64_t pilot = std::min(span.end - span.begin, kBlockRows * kLanes);
   for (int64_t i = 0; i < channels; ++i) {
-    const acc first = to_acc(plane(span.row_begin, i)[span.begin]);
-    all[i] = {broadcast(acc(0)), broadcast(acc(0)), first, 0, 0};
-    mean[i] = static_cast<double>(first);
-    m2[i] = 0;
+    const acc shift = pilot_shift(plane(span.row_begin, i) + span.begin, pilot);
+    all[i] = {broadcast(acc(0)), broadcast(acc(0)), shift, 0, 0};
+    mean[i] = m2[i] = 0;
   }
   const auto flush = [&](int64_t i) {
     Sums& s = all[i];
-    const double total = horizontal_sum(s.sum), b = static_cast<double>(s.pending);
-    const double n = static_cast<double>(s.count), offset = total / b;
-    const double block_m2 = std::max(horizontal_sum(s.square) - total * offset, 0.0);
+    const double sum = horizontal_sum(s.sum), b = static_cast<double>(s.pending);
+    const double n = static_cast<double>(s.count), total = n + b, offset = sum / b;
+    const double block_m2 = std::max(horizontal_sum(s.square) - sum * offset, 0.0);
     const double delta = static_cast<double>(s.shift) + offset - mean[i];
-    mean[i] += delta * (b / (n + b));
-    m2[i] += block_m2 + delta * delta * (n * b / (n + b));
-    const double away = mean[i] - static_cast<double>(s.shift);
-    if (away * away * (n + b) > 16 * m2[i]) s.shift = static_cast<acc>(mean[i]);
-    s = {broadcast(acc(0)), broadcast(acc(0)), s.shift, s.count + s.pending, 0};
+    mean[i] += delta * (b / total);
+    m2[i] += block_m2 + delta * delta * (n * b / total);
+    const bool far = is_far(mean[i] - static_cast<double>(s.shift), total, m2[i]);
+    s = {broadcast(acc(0)), broadcast(acc(0)), far ? static_cast<acc>(mean[i]) : s.shift,
+         s.count + s.pending, 0};
   };
   for (int64_t n = span.row_begin; n < span.row_end; ++n) {
     for (int64_t i = 0; i < channels; ++i) {
@@ -264,9 +327,8 @@ void statistics_contiguous(const BatchNormArgs& a, BatchNormSpan span, int64_t c
       for_blocks(
           span.begin, span.end, s.pending,
           [&](int64_t c, int64_t count) __attribute__((always_inline)) {
-            // Missing lanes hold the shift, so that they add nothing.
-            const Pack<acc> d = count == kLanes ? load(p + c) - broadcast(s.shift)
-                                                : keep(load(p + c, count) - broadcast(s.shift), count);
+            Pack<acc> d = load(p + c, count) - broadcast(s.shift);
+            if (count < kLanes) d = keep(d, count);
             s.sum = s.sum + d;
             s.square = fma(d, d, s.square);
           },
@@ -300,7 +362,8 @@ void merge(int64_t width, double count_a, double* mean_a, double* m2_a, double c
   }
 }
 
-// ---- backward -------------------------------------------------------------------------------------
+// ---- backward
+// -------------------------------------------------------------------------------------
 
 // What the backward passes read of one row, and the gradient before the activation at one vector.
 template <class T, Activation kAct, bool kResidual>
@@ -463,6 +526,7 @@ void backward_apply_rows(const BatchNormArgs& a, BatchNormSpan span) {
   GradRow<T, kAct, kResidual> row_of(a);
   RowParameter<acc> grad_slope(a.grad_slope, a.channels_last),
       grad_offset(a.grad_offset, a.channels_last);
+  const bool frozen = a.grad_slope == nullptr;
   for (int64_t row = span.row_begin; row < span.row_end; ++row) {
     row_of.start_row(row);
     grad_slope.start_row(row % a.channels);
@@ -474,8 +538,9 @@ void backward_apply_rows(const BatchNormArgs& a, BatchNormSpan span) {
       const Pack<acc> g = row_of.grad(centred, c, count);
       if (grad_residual) put<kStream>(grad_residual + c, g, count);
       if (grad_x) {
-        const Pack<acc> rest = fma(centred, grad_slope[c], grad_offset[c]);
-        put<kStream>(grad_x + c, fma(g, row_of.scale[c], rest), count);
+        Pack<acc> out = g * row_of.scale[c];
+        if (!frozen) out = out + fma(centred, grad_slope[c], grad_offset[c]);
+        put<kStream>(grad_x + c, out, count);
       }
     };
     int64_t c = span.begin;

@@ -28,18 +28,18 @@ struct BatchNormArgs {
   int64_t width;      // elements in a row
   int64_t mask_step;  // bytes of mask in a row
   const void* x;
-  const void* residual;    // forward, and backward of silu and gelu
-  const void* grad_y;      // backward
-  const uint8_t* mask;     // backward of relu and leaky_relu with a residual
-  void* y;                 // forward
-  uint8_t* mask_out;       // forward, with a residual
-  void* grad_x;            // backward_apply, or null
-  void* grad_residual;     // backward_apply, or null
-  const void* mean;        // acc; `width` values in channels-last, C in contiguous; so are the next
-  const void* scale;       // weight * invstd
+  const void* residual;  // forward, and backward of silu and gelu
+  const void* grad_y;    // backward
+  const uint8_t* mask;   // backward of relu and leaky_relu with a residual
+  void* y;               // forward
+  uint8_t* mask_out;     // forward, with a residual
+  void* grad_x;          // backward_apply, or null
+  void* grad_residual;   // backward_apply, or null
+  const void* mean;      // acc; `width` values in channels-last, C in contiguous; so are the next
+  const void* scale;     // weight * invstd
   const void* bias;
-  const void* grad_slope;  // grad_x = scale * g + grad_slope * (x - mean) + grad_offset
-  const void* grad_offset;
+  const void* grad_slope;   // grad_x = scale * g + grad_slope * (x - mean) + grad_offset;
+  const void* grad_offset;  // null for frozen statistics: scale * g, whatever x is
 };
 
 // Rows [row_begin, row_end), elements [begin, end) of each; begin is a multiple of 16.

@@ -335,8 +335,7 @@ inline __m256i to_half_bits(BFloat16, Pack<float> v) {
   const __m512i rounded = _mm512_srli_epi32(
       _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(v.r[0], v.r[0], _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
 }
 inline __m256i to_half_bits(Float16, Pack<float> v) {
   return _mm512_cvtps_ph(v.r[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -531,9 +530,7 @@ inline Pack<double> silu_derivative(Pack<double> z) {
     return s * (1 + v * (1 - s));
   });
 }
-inline Pack<float> gelu(Pack<float> z) {
-  return z * normal_cdf(z, exp(z * z * broadcast(-0.5f)));
-}
+inline Pack<float> gelu(Pack<float> z) { return z * normal_cdf(z, exp(z * z * broadcast(-0.5f))); }
 inline Pack<double> gelu(Pack<double> z) {
   return map_lanes(z, [](double v) { return 0.5 * v * (1 + std::erf(v * M_SQRT1_2)); });
 }

@@ -1,1 +1,14 @@
 """Layers made of the fused ops, with the names and signatures of torch, torchvision and timm."""
+
+from .batch_norm import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from .conv_bn_act import Conv2dNormActivation, Conv3dNormActivation
+from .residual_add import ResidualAdd
+
+__all__ = [
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "Conv2dNormActivation",
+    "Conv3dNormActivation",
+    "ResidualAdd",
+]

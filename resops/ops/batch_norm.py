@@ -188,6 +188,9 @@ class BatchNormFunction(torch.autograd.Function):
         x, residual, weight, bias, mean, invstd, mask = ctx.saved_tensors
         training, eps, activation, negative_slope = ctx.call
         needed = list(ctx.needs_input_grad[:4])
+        # Without an activation the residual's gradient is grad_y itself: no kernel writes a copy.
+        unchanged = activation == "identity" and needed[1]
+        needed[1] = needed[1] and not unchanged
         backward = torch.ops.resops.batch_norm_backward
         if torch.is_grad_enabled():  # create_graph=True: formulas that autograd can follow
             backward = reference.batch_norm_backward
@@ -208,7 +211,12 @@ class BatchNormFunction(torch.autograd.Function):
             negative_slope,
             needed,
         )
-        return (*(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 7)
+        grad_x, grad_residual, grad_weight, grad_bias = (
+            g if need else None for g, need in zip(grads, needed, strict=True)
+        )
+        if unchanged:
+            grad_residual = grad_y
+        return (grad_x, grad_residual, grad_weight, grad_bias, *[None] * 7)
 
 
 def batch_norm(

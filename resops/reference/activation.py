@@ -45,7 +45,7 @@ def activation_derivative(
         if passes is None:
             passes = ~(z <= 0)
         blocked = negative_slope if activation == "leaky_relu" else 0.0
-        return torch.where(passes, 1.0, blocked).to(z.dtype)
+        return torch.where(passes, torch.ones_like(z), blocked)
     if activation == "silu":
         s = torch.sigmoid(z)
         return s * (1 + z * (1 - s))

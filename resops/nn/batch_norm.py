@@ -1,0 +1,232 @@
+"""Batch norm layers with an activation and an optional residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import functional
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "gelu": nn.GELU,
+    "elu": nn.ELU,
+    "celu": nn.CELU,
+    "selu": nn.SELU,
+    "mish": nn.Mish,
+    "prelu": nn.PReLU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "softplus": nn.Softplus,
+    "hard_sigmoid": nn.Hardsigmoid,
+    "hard_swish": nn.Hardswish,
+    "identity": nn.Identity,
+}
+
+
+def _create_activation(
+    layer: Callable[..., nn.Module] | str | None, kwargs: Mapping[str, Any] | None, inplace: bool
+) -> nn.Module:
+    if isinstance(layer, str):
+        if layer and layer not in _ACTIVATIONS:
+            raise ValueError(
+                f"act_layer must be a module class or one of {', '.join(_ACTIVATIONS)}, "
+                f"but got {layer!r}"
+            )
+        layer = _ACTIVATIONS.get(layer)
+    if layer is None or layer is nn.Identity:
+        return nn.Identity()
+    kwargs = dict(kwargs or {})
+    try:
+        return layer(**{"inplace": inplace, **kwargs})
+    except TypeError:  # an activation that has no in-place form
+        return layer(**kwargs)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs its class's forward and nothing else: no hooks."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+class BatchNormAct(_BatchNorm):
+    """What the layers for 1 to 3 spatial dimensions share; use one of those."""
+
+    # The convolution with this norm folded in, see conv_bn_act.py: not part of the state.
+    _folded: Any = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        apply_act: bool = True,
+        act_layer: Callable[..., nn.Module] | str | None = nn.ReLU,
+        act_kwargs: Mapping[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self.drop = nn.Identity() if drop_layer is None else drop_layer()
+        self.act = _create_activation(act_layer if apply_act else None, act_kwargs, inplace)
+
+    def epilogue(self) -> tuple[str, float, tuple[nn.Module, ...]]:
+        """What follows the norm: an activation of the op with its slope, and what runs after it.
+
+        The latter is nothing, or ``act`` where the op has no such activation or ``act`` has hooks,
+        or ``drop`` and ``act``, between which the residual is then added.
+        """
+        drop, act = self._modules["drop"], self._modules["act"]
+        assert drop is not None and act is not None
+        if type(drop) is not nn.Identity or not is_plain(drop):
+            return "identity", 0.0, (drop, act)
+        kind = type(act)
+        if is_plain(act):
+            if kind is nn.ReLU:
+                return "relu", 0.0, ()
+            if kind is nn.Identity:
+                return "identity", 0.0, ()
+            if kind is nn.SiLU:
+                return "silu", 0.0, ()
+            if isinstance(act, nn.LeakyReLU) and kind is nn.LeakyReLU:
+                return "leaky_relu", act.negative_slope, ()
+            if kind is nn.GELU and act.approximate == "none":
+                return "gelu", 0.0, ()
+        return "identity", 0.0, (act,)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act( drop( norm(x) ) [+ residual] ).
+
+        Args:
+            x: as torch's layer takes it.
+            residual: like ``x``.
+
+        Raises:
+            ValueError: another number of dimensions, or one value per channel in training.
+            RuntimeError: an argument whose size, dtype or device does not fit.
+        """
+        self._check_input_dim(x)
+        training = self.training
+        running_mean, running_var = self.running_mean, self.running_var
+        momentum = self.momentum
+        if training:
+            if not self.track_running_stats:
+                running_mean = running_var = None
+            elif self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                if momentum is None:  # the plain mean over all batches
+                    momentum = 1.0 / float(self.num_batches_tracked)
+        else:
+            training = running_mean is None and running_var is None
+        activation, negative_slope, rest = self.epilogue()
+        y = functional.batch_norm_act(
+            x,
+            running_mean,
+            running_var,
+            self.weight,
+            self.bias,
+            training,
+            0.0 if momentum is None else momentum,
+            self.eps,
+            residual=residual if len(rest) < 2 else None,
+            activation=activation,
+            negative_slope=negative_slope,
+        )
+        if not rest:
+            return y
+        if len(rest) == 2:
+            y = self.drop(y)
+            if residual is not None:
+                y = y + residual
+        return self.act(y)
+
+    # What was folded is checked at every use; here it is dropped because it takes memory.
+
+    def _drop_folded(self) -> None:
+        self.__dict__.pop("_folded", None)
+
+    def train(self, mode: bool = True) -> BatchNormAct:
+        self._drop_folded()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> BatchNormAct:
+        self._drop_folded()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._drop_folded()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_folded", None)
+        return state
+
+
+class BatchNormAct1d(BatchNormAct, nn.BatchNorm1d):
+    """Batch norm over (N, C) or (N, C, L) inputs, residual and activation in one op.
+
+    See :class:`BatchNormAct2d`.
+    """
+
+
+class BatchNormAct2d(BatchNormAct, nn.BatchNorm2d):
+    """Batch norm over (N, C, H, W) inputs, residual and activation in one op.
+
+    ``y = act( weight * (x - mean) / sqrt(var + eps) + bias [+ residual] )`` (Ioffe and Szegedy,
+    "Batch Normalization", 2015). Stands for ``nn.BatchNorm2d`` followed by an addition and an
+    activation: same parameters, buffers and ``state_dict``, same results, with fewer passes over
+    memory and fewer saved activations. Signature, and the children ``drop`` and ``act``, are those
+    of timm's ``BatchNormAct2d``; ``forward`` takes a residual besides.
+
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` makes a plain ``SyncBatchNorm`` of it, as of
+    every subclass of ``nn.BatchNorm2d``: activation and residual would be lost.
+
+    Args:
+        num_features: C.
+        eps: added to the variance, inside the root.
+        momentum: weight of a batch in the running statistics; None: their plain mean over batches.
+        affine: learn weight and bias, (C,) each.
+        track_running_stats: keep running statistics and normalise with them in evaluation.
+        apply_act: False for no activation.
+        act_layer: class of the activation or its name. nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU()
+            and nn.Identity (or None) are part of the fused op; any other runs after it.
+        act_kwargs: arguments of the activation, such as ``{"negative_slope": 0.2}``.
+        inplace: passed to an activation that runs after the op; the fused op never overwrites
+            its input.
+        drop_layer: class of a layer between norm and activation, before the residual is added.
+        device, dtype: of parameters and buffers.
+
+    Raises:
+        ValueError: an unknown name of an activation.
+
+    Shape: input, residual and output (N, C, H, W); float32, bfloat16, float16 or float64.
+    """
+
+
+class BatchNormAct3d(BatchNormAct, nn.BatchNorm3d):
+    """Batch norm over (N, C, D, H, W) inputs, residual and activation in one op.
+
+    See :class:`BatchNormAct2d`.
+    """

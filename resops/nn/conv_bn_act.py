@@ -1,0 +1,345 @@
+"""Convolution, norm and activation as one layer, folded into one convolution in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import conv_bn_act as ops
+from .batch_norm import BatchNormAct, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, is_plain
+
+_PAIRS: dict[type[nn.Module], type[BatchNormAct]] = {
+    nn.Conv1d: BatchNormAct1d,
+    nn.Conv2d: BatchNormAct2d,
+    nn.Conv3d: BatchNormAct3d,
+}
+
+
+def conv_norm_act(
+    conv: nn.Module, norm: BatchNormAct, x: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """``norm(conv(x), residual)``, as one convolution where that gives the same.
+
+    That is in evaluation, without gradients, for nn.Conv1d to nn.Conv3d and the norm that goes with
+    it, themselves and not subclasses, without hooks, on a CPU or a GPU. What was folded is kept on
+    ``norm`` until one of the tensors or settings that went into it changes. (A change is seen in
+    versions, addresses and values. One is not seen: a write through ``.data`` to a few values of
+    ``conv.weight``. ``norm.eval()`` makes it seen.)
+
+    Args:
+        conv: its output goes to ``norm`` and nowhere else.
+        x: (N, C_in, *spatial).
+        residual: like the output; added before the activation.
+
+    Returns:
+        (N, C, *spatial of the output).
+    """
+    if not norm.training and not torch.compiler.is_compiling() and _may_fold(conv, norm):
+        activation, negative_slope, rest = norm.epilogue()
+        folded = _folded(conv, norm, x, residual) if len(rest) < 2 else None
+        if folded is not None:
+            y = folded(x, residual, activation, negative_slope)
+            return rest[0](y) if rest else y
+    if residual is None:
+        return norm(conv(x))
+    return norm(conv(x), residual)
+
+
+def _may_fold(conv: nn.Module, norm: nn.Module) -> bool:
+    if _PAIRS.get(type(conv)) is not type(norm) or not (is_plain(conv) and is_plain(norm)):
+        return False
+    return conv.padding_mode == "zeros"
+
+
+class _Fold(NamedTuple):
+    """A folded convolution and what it depends on."""
+
+    folded: ops.FoldedConvolution | None  # None: there is none for these weights
+    at: ops.Situation
+    settings: tuple[Any, ...]
+    # Of every tensor: itself, its address, its version.
+    versions: tuple[tuple[Tensor | None, int, int], ...]
+    # A view of each: while it exists no other tensor gets that address.
+    views: tuple[Tensor, ...]
+    # Copies of the vectors and of some values of the weight. A write through ``.data``, and an op
+    # that updates running statistics, leave no trace in a version counter.
+    values: tuple[Tensor, ...]
+
+    def is_current(self, sources: tuple[Tensor | None, ...]) -> bool:
+        for now, (then, address, version) in zip(sources, self.versions, strict=True):
+            if now is not then:
+                return False
+            if now is not None and (now._version != version or now.data_ptr() != address):
+                return False
+        # No generator: this runs at every call.
+        for before, view in zip(self.values, self.views, strict=False):
+            if not torch.equal(before, view):
+                return False
+        return True
+
+
+def _folded(
+    conv: nn.Module, norm: BatchNormAct, x: Tensor, residual: Tensor | None
+) -> ops.FoldedConvolution | None:
+    """The present folded convolution for this call, or None where the composition must run."""
+    # The dictionaries, because module attributes take long to find. A parameter that is not in
+    # them is no plain parameter.
+    parameters, norm_parameters, buffers = conv._parameters, norm._parameters, norm._buffers
+    try:
+        sources = (
+            parameters["weight"],
+            parameters["bias"],
+            buffers["running_mean"],
+            buffers["running_var"],
+            norm_parameters["weight"],
+            norm_parameters["bias"],
+            # Training writes the running statistics without counting versions, but counts batches.
+            buffers["num_batches_tracked"],
+        )
+    except KeyError:
+        return None
+    if ops.wants_gradient(x, residual, *sources):
+        return None
+    at = ops.situation(x, residual)
+    if at is None:
+        return None
+    settings = (
+        norm.eps,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        None if sources[0] is None else sources[0].stride(),
+    )
+    kept: _Fold | None = norm._folded
+    if kept is None or kept.at != at or kept.settings != settings or not kept.is_current(sources):
+        kept = _fold(at, sources, settings)
+        if kept is None:
+            return None
+        norm._folded = kept
+    folded = kept.folded
+    return folded if folded is not None and folded.takes(x, residual) else None
+
+
+def _some_values(weight: Tensor) -> Tensor:
+    """A view of 16 values of a dense tensor, in different filters and places within a filter."""
+    step = max(weight.numel() // 16, 1)
+    return weight.as_strided((min(16, weight.numel()),), (step,))
+
+
+def _fold(
+    at: ops.Situation, sources: tuple[Tensor | None, ...], settings: tuple[Any, ...]
+) -> _Fold | None:
+    """Fold, or None where later changes could not be noticed."""
+    present = [t for t in sources if t is not None]
+    if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in present):
+        return None
+    if any(t.device != at.device for t in present):
+        return None
+    weight = sources[0]
+    if weight is None or not _is_dense(weight):
+        return None
+    if at.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
+        return None  # folding waits for the GPU
+    versions = tuple((t, 0, 0) if t is None else (t, t.data_ptr(), t._version) for t in sources)
+    views = tuple(t.detach() for t in (_some_values(weight), *present[1:]))
+    # Copied before the fold: a change in between, by another thread, is noticed at the next call.
+    # On a GPU, comparing them would wait for it.
+    values = tuple(view.clone() for view in views) if at.device.type == "cpu" else ()
+    with torch.inference_mode(False), torch.no_grad():
+        _, conv_bias, mean, var, norm_weight, norm_bias, _ = sources
+        eps, stride, padding, dilation, groups, _ = settings
+        folded = ops.fold(
+            at,
+            weight,
+            conv_bias,
+            mean,
+            var,
+            norm_weight,
+            norm_bias,
+            eps,
+            stride,
+            padding,
+            dilation,
+            groups,
+        )
+    return _Fold(folded, at, settings, versions, views, values)
+
+
+def _is_dense(t: Tensor) -> bool:
+    if t.is_contiguous():
+        return True
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return t.dim() in formats and t.is_contiguous(memory_format=formats[t.dim()])
+
+
+def _kernel_tuple(size: int | Sequence[int], n: int) -> tuple[int, ...]:
+    return (size,) * n if isinstance(size, int) else tuple(size)
+
+
+class _ConvNormActivation(nn.Sequential):
+    _conv_layer: type[nn.Module]
+    _dimensions: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...],
+        padding: int | tuple[int, ...] | str | None,
+        groups: int,
+        norm_layer: Callable[..., nn.Module] | None,
+        activation_layer: Callable[..., nn.Module] | None,
+        dilation: int | tuple[int, ...],
+        inplace: bool | None,
+        bias: bool | None,
+    ) -> None:
+        if padding is None:
+            kernel = _kernel_tuple(kernel_size, self._dimensions)
+            dilations = _kernel_tuple(dilation, self._dimensions)
+            padding = tuple((k - 1) // 2 * d for k, d in zip(kernel, dilations, strict=True))
+        conv = self._conv_layer(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation=dilation,
+            groups=groups,
+            bias=norm_layer is None if bias is None else bias,
+        )
+        layers = [conv]
+        inplace_kwargs = {} if inplace is None else {"inplace": inplace}
+        if _makes_norm_act(norm_layer):
+            assert norm_layer is not None
+            layers.append(norm_layer(out_channels, act_layer=activation_layer, **inplace_kwargs))
+        else:
+            if norm_layer is not None:
+                layers.append(norm_layer(out_channels))
+            if activation_layer is not None:
+                layers.append(activation_layer(**inplace_kwargs))
+        super().__init__(*layers)
+        self.out_channels = out_channels
+        # Where the residual is added, if norm and activation are separate children.
+        self._before_residual = 1 if norm_layer is None else 2
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act( norm( conv(x) ) [+ residual] ).
+
+        Args:
+            x: (N, in_channels, *spatial).
+            residual: like the output.
+
+        Returns:
+            (N, out_channels, *spatial of the convolution's output).
+        """
+        layers = list(self._modules.values())
+        if len(layers) > 1 and isinstance(layers[1], BatchNormAct):
+            y = conv_norm_act(layers[0], layers[1], x, residual)
+            layers = layers[2:]
+        else:
+            y = x
+            for layer in layers[: self._before_residual]:
+                y = layer(y)
+            if residual is not None:
+                y = y + residual
+            layers = layers[self._before_residual :]
+        for layer in layers:
+            y = layer(y)
+        return y
+
+
+def _makes_norm_act(norm_layer: Any) -> bool:
+    while hasattr(norm_layer, "func"):  # functools.partial
+        norm_layer = norm_layer.func
+    return isinstance(norm_layer, type) and issubclass(norm_layer, BatchNormAct)
+
+
+class Conv2dNormActivation(_ConvNormActivation):
+    """Convolution, norm, an optional residual and activation.
+
+    Signature and ``state_dict`` are those of ``torchvision.ops.Conv2dNormActivation``. In training
+    the library's convolution is followed by the fused norm; in evaluation without gradients the
+    norm is folded into the convolution (:func:`conv_norm_act`). An ``nn.Sequential`` with the
+    children ``0``, the convolution, and ``1``, the norm with its activation.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, groups, dilation: of the convolution.
+        padding: None for ``(kernel_size - 1) // 2 * dilation``.
+        norm_layer: BatchNormAct2d, a subclass or a ``functools.partial`` of it, which gets
+            ``act_layer=activation_layer``; any other norm, which is followed by the activation as a
+            child of its own; None for no norm.
+        activation_layer: class of the activation; None for none.
+        inplace: of an activation that is not fused; None for one that has no such argument.
+        bias: of the convolution; None for one only where there is no norm.
+    """
+
+    _conv_layer = nn.Conv2d
+    _dimensions = 2
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str | None = None,
+        groups: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = BatchNormAct2d,
+        activation_layer: Callable[..., nn.Module] | None = nn.ReLU,
+        dilation: int | tuple[int, int] = 1,
+        inplace: bool | None = True,
+        bias: bool | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            groups,
+            norm_layer,
+            activation_layer,
+            dilation,
+            inplace,
+            bias,
+        )
+
+
+class Conv3dNormActivation(_ConvNormActivation):
+    """:class:`Conv2dNormActivation` over (N, C, D, H, W)."""
+
+    _conv_layer = nn.Conv3d
+    _dimensions = 3
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int, int] = 3,
+        stride: int | tuple[int, int, int] = 1,
+        padding: int | tuple[int, int, int] | str | None = None,
+        groups: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = BatchNormAct3d,
+        activation_layer: Callable[..., nn.Module] | None = nn.ReLU,
+        dilation: int | tuple[int, int, int] = 1,
+        inplace: bool | None = True,
+        bias: bool | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            groups,
+            norm_layer,
+            activation_layer,
+            dilation,
+            inplace,
+            bias,
+        )

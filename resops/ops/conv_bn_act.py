@@ -1,0 +1,375 @@
+"""``conv_bn_act``: the library's convolution, followed by or folded with ``batch_norm``.
+
+While training, or where a gradient is asked for, the convolution is followed by the op
+``batch_norm``. In evaluation the batch norm is folded into the weights, and bias, residual and
+activation become post-operations of the one convolution that is left (docs/math/conv_bn_act.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch, _magnitude
+from ..reference import conv_bn_act as reference
+from ..reference.activation import activate
+from ..reference.conv_bn_act import Size, convolution
+from .batch_norm import batch_norm, check_activation
+
+_HALF = (torch.float16, torch.bfloat16)
+_CASTABLE = (*_HALF, torch.float32)
+_DTYPES = (*_CASTABLE, torch.float64)
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+_NHWC = torch.channels_last
+
+# What the ops of torch.ops.mkldnn call the activations: attribute, scalars, algorithm.
+_POST_OPS: dict[str, tuple[str, list[float], str]] = {
+    "identity": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "silu": ("swish", [], ""),
+    "gelu": ("gelu", [], "none"),
+}
+# No sum of a convolution whose result is bounded by this overflows its accumulator or its result.
+_NO_OVERFLOW = {torch.float32: 1e38, torch.bfloat16: 1e38, torch.float16: 6e4}
+
+
+def _tuple(size: Size, n: int) -> tuple[int, ...]:
+    return (size,) * n if isinstance(size, int) else tuple(size)
+
+
+def _paddings(
+    padding: Size | str, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Zeros at both ends of every dimension; None where the two ends differ."""
+    if padding == "valid":
+        return (0,) * len(kernel)
+    if padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return None if any(t % 2 for t in total) else tuple(t // 2 for t in total)
+    return None if isinstance(padding, str) else _tuple(padding, len(kernel))
+
+
+class Situation(NamedTuple):
+    """What a folded convolution depends on beside the tensors and settings of its layer."""
+
+    dtype: torch.dtype  # of the convolution
+    autocast: bool
+    x_dtype: torch.dtype
+    device: torch.device
+    x_size: torch.Size  # without the batch
+    channels_last: bool
+    onednn: bool
+
+
+def _onednn_takes(at: Situation) -> bool:
+    """Whether oneDNN has the convolution, with post-operations, in this dtype on this processor."""
+    if at.device.type != "cpu" or len(at.x_size) == 2 or not torch.backends.mkldnn.is_available():
+        return False
+    if at.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if at.dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return at.dtype == torch.float32
+
+
+class FoldedConvolution:
+    """Convolution with a batch norm folded into it, and what follows as post-operations.
+
+    Holds no reference to what it was folded from. Takes no part in autograd.
+    """
+
+    def __init__(
+        self,
+        at: Situation,
+        weight: Tensor,
+        bias: Tensor,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+        layout_of: Tensor,
+        output_size: torch.Size,
+    ) -> None:
+        """Round the folded weight once, and put it into oneDNN's own layout where that is faster.
+
+        Args:
+            at: the situation of the calls to come.
+            weight, bias: as :func:`resops.reference.conv_bn_act.fold` returns them.
+            layout_of: the weight before the fold, in the strides that the convolution goes by.
+            output_size: without the batch.
+        """
+        self.dtype = at.dtype
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.output_size = output_size
+        self.weight = torch.empty_like(layout_of, dtype=at.dtype).copy_(weight)
+        self.bias = bias.to(at.dtype)
+        self.wide_bias = bias  # oneDNN adds a float32 bias to a 16-bit convolution
+        self.onednn = at.onednn and _onednn_takes(at)
+        self.joins_residual = False
+        if not self.onednn:
+            return
+        # |conv(x) + bias| <= gain * max|x| + offset
+        magnitudes = self.weight.abs().flatten(1).sum(1, dtype=torch.float32)
+        self.gain, self.offset = float(magnitudes.max()), float(bias.abs().max())
+        # Packed weights make the output channels-last; so it is if either of the two is.
+        if len(at.x_size) == 3 and (at.channels_last or is_channels_last(layout_of)):
+            # The packed layout depends on the size of the image, not on that of the batch. One for
+            # another size would be repacked at every call, which can take fifty times as long.
+            self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, padding, stride, dilation, groups, [1, *at.x_size]
+            )
+            # The post-operation for it is there for such weights, and one group, only.
+            self.joins_residual = groups == 1
+
+    def takes(self, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether ``residual`` has the size of the output."""
+        return residual is None or (
+            residual.shape[1:] == self.output_size and residual.size(0) == x.size(0)
+        )
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+    ) -> Tensor:
+        """act( conv(x) + bias [+ residual] ), in torch's own memory format."""
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
+        if not self.onednn:
+            geometry = (self.stride, self.padding, self.dilation, self.groups)
+            y = convolution(x, self.weight, self.bias, *geometry)
+            return _finish(y, residual, activation, negative_slope)
+        if torch.is_inference_mode_enabled():
+            # An inference tensor has no version counter, so no bound could be kept about it.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._onednn(x, residual, activation, negative_slope)
+        return self._onednn(x, residual, activation, negative_slope)
+
+    def _onednn(
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+    ) -> Tensor:
+        bound = self._bound(x, residual, activation)
+        last: str | None = activation
+        if bound is None or not bound < _NO_OVERFLOW[self.dtype]:
+            last = None  # a NaN is possible, which the activations of oneDNN do not all keep
+        geometry = (self.padding, self.stride, self.dilation, self.groups)
+        ops = torch.ops.mkldnn._convolution_pointwise
+        if residual is None:
+            if last == "leaky_relu":
+                post: tuple[Any, ...] = ("leaky_relu", [negative_slope], "")
+            else:
+                post = _POST_OPS[last or "identity"]
+            y = ops.default(x, self.weight, self.wide_bias, *geometry, *post)
+            if last is None:
+                y = _finish(y, None, activation, negative_slope)
+        elif self.joins_residual and residual.dtype == self.dtype:
+            relu = "relu" if last == "relu" else None
+            residual = residual.contiguous(memory_format=_NHWC)
+            y = ops.binary(
+                x, residual, self.weight, self.bias, *geometry, "add", None, relu, [], None
+            )
+            if relu is None:
+                y = _finish(y, None, activation, negative_slope)
+        else:
+            y = ops.default(x, self.weight, self.wide_bias, *geometry, *_POST_OPS["identity"])
+            y = _finish(y, residual, activation, negative_slope)
+        if bound is not None:
+            if activation == "leaky_relu":
+                bound *= max(1.0, abs(negative_slope))
+            _magnitude.remember(y, bound)
+        return y
+
+    def _bound(self, x: Tensor, residual: Tensor | None, activation: str) -> float | None:
+        """An upper bound on the argument of the activation; None where none is known or needed."""
+        bounds = [_magnitude.known(t) for t in (x, residual) if t is not None]
+        if None not in bounds:
+            bound = self._propagated(*bounds)  # type: ignore[arg-type]
+            if bound < _NO_OVERFLOW[self.dtype]:
+                return bound
+        if activation == "identity":
+            return None
+        return self._propagated(*(_magnitude.measure(t) for t in (x, residual) if t is not None))
+
+    def _propagated(self, x: float, residual: float = 0.0) -> float:
+        return 1.01 * (self.gain * x + self.offset + residual)
+
+
+def _finish(y: Tensor, residual: Tensor | None, activation: str, negative_slope: float) -> Tensor:
+    """act( y [+ residual] ), in place where that is possible."""
+    if residual is not None:
+        y = y.add_(residual) if residual.dtype == y.dtype else y + residual
+    if activation == "relu":
+        return y.relu_()
+    if activation == "leaky_relu":
+        return torch.nn.functional.leaky_relu_(y, negative_slope)
+    return activate(y, activation, negative_slope)
+
+
+def situation(x: Tensor, residual: Tensor | None) -> Situation | None:
+    """The situation of this call, or None where its convolution may not be folded.
+
+    It may not under the backend "reference", while something traces or transforms the call, or for
+    an unusual or wrong argument: then the composition runs, and raises what is to be raised.
+    """
+    if type(x) not in _PLAIN_TENSORS:
+        return None
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return None
+    backend = _dispatch.get_backend()
+    if backend != "auto" and (
+        backend == "reference" or _dispatch.refusal(backend, "batch_norm", x) is not None
+    ):
+        return None
+    device, dtype = x.device, x.dtype
+    kind = device.type
+    if kind not in ("cpu", "cuda") or x.layout != torch.strided or x.numel() == 0:
+        return None
+    autocast = torch.is_autocast_enabled(kind)
+    if autocast:
+        if dtype not in _CASTABLE:
+            return None
+        dtype = torch.get_autocast_dtype(kind)
+    if dtype not in _DTYPES:
+        return None
+    if residual is not None:
+        if type(residual) not in _PLAIN_TENSORS or residual.device != device:
+            return None
+        if residual.dtype != dtype and not (dtype in _HALF and residual.dtype == torch.float32):
+            return None
+    channels_last = x.dim() == 4 and is_channels_last(x)
+    onednn = torch._C._get_mkldnn_enabled()
+    return Situation(dtype, autocast, x.dtype, device, x.shape[1:], channels_last, onednn)
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether 4-D ``t`` is channels-last beyond doubt, not contiguous at the same time."""
+    return t.is_contiguous(memory_format=_NHWC) and not t.is_contiguous()
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record what is computed from these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _weights_fit(
+    at: Situation, conv_weight: Tensor, conv_bias: Tensor | None, *pairs: tuple[Tensor | None, ...]
+) -> bool:
+    """Whether convolution and batch norm would take these tensors in this situation."""
+    channels = (conv_weight.size(0),)
+    conv_dtypes = _CASTABLE if at.autocast else (at.dtype,)
+    norm_dtypes = (at.dtype, torch.float32) if at.dtype in _HALF else (at.dtype,)
+    if conv_bias is not None and conv_bias.shape != channels:
+        return False
+    for kinds, group in (
+        (conv_dtypes, (conv_weight, conv_bias)),
+        *((norm_dtypes, p) for p in pairs),
+    ):
+        present = [t for t in group if t is not None]
+        if any(type(t) not in _PLAIN_TENSORS or t.device != at.device for t in present):
+            return False
+        if any(t.dtype not in kinds or t.layout != torch.strided for t in present):
+            return False
+    for pair in pairs:
+        present = [t for t in pair if t is not None]
+        if any(t.shape != channels for t in present) or len({t.dtype for t in present}) > 1:
+            return False
+    return True
+
+
+def fold(
+    at: Situation,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+) -> FoldedConvolution | None:
+    """The folded convolution for calls in situation ``at``, or None where there is none.
+
+    There is none for unequal padding, for arguments that do not fit together, and for folded
+    weights that are not finite in the dtype of the convolution: a tiny variance can do that.
+    """
+    if running_mean is None or running_var is None:
+        return None
+    if not _weights_fit(at, conv_weight, conv_bias, (weight, bias), (running_mean, running_var)):
+        return None
+    kernel = tuple(conv_weight.shape[2:])
+    n = len(kernel)
+    strides, dilations = _tuple(stride, n), _tuple(dilation, n)
+    paddings = _paddings(padding, kernel, dilations)
+    if paddings is None or n != len(at.x_size) - 1 or not 1 <= n <= 3:
+        return None
+    if any(len(sizes) != n for sizes in (strides, paddings, dilations)):
+        return None
+    if min(*strides, *dilations, groups) < 1 or min(paddings) < 0 or not eps >= 0:
+        return None
+    if conv_weight.numel() == 0 or at.x_size[0] != conv_weight.size(1) * groups:
+        return None
+    spans = zip(at.x_size[1:], kernel, strides, paddings, dilations, strict=True)
+    size = [(x + 2 * pad - gap * (k - 1) - 1) // step + 1 for x, k, step, pad, gap in spans]
+    if min(size) < 1 or conv_weight.size(0) % groups != 0:
+        return None
+    with torch.no_grad(), torch.autocast(at.device.type, enabled=False):
+        folded = reference.fold(
+            conv_weight, conv_bias, running_mean, running_var, weight, bias, eps
+        )
+        limit = torch.finfo(at.dtype).max
+        if any(not float(t.abs().amax()) <= limit for t in folded):
+            return None
+        output_size = torch.Size([conv_weight.size(0), *size])
+        return FoldedConvolution(
+            at, *folded, strides, paddings, dilations, groups, conv_weight, output_size
+        )
+
+
+def conv_bn_act(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """See :func:`resops.functional.conv_bn_act`."""
+    if activation is None:
+        activation = "identity"
+    check_activation(activation)
+    if not training and not torch.compiler.is_compiling():
+        sources = (conv_weight, conv_bias, running_mean, running_var, weight, bias)
+        at = None if wants_gradient(x, residual, *sources) else situation(x, residual)
+        # On a GPU the check for weights that are not finite would wait for it at every call.
+        if at is not None and at.device.type == "cpu":
+            folded = fold(at, *sources, eps, stride, padding, dilation, groups)
+            if folded is not None and folded.takes(x, residual):
+                return folded(x, residual, activation, negative_slope)
+    return batch_norm(
+        convolution(x, conv_weight, conv_bias, stride, padding, dilation, groups),
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        residual=residual,
+        activation=activation,
+        negative_slope=negative_slope,
+    )

@@ -1,0 +1,68 @@
+"""What every test shares: seeds, poisoned memory, and the choice of instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+CAPABILITIES = ("portable", "avx2", "avx512")
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory from torch.empty, in Python and in C++, holds NaN (255 for bytes), not zeros by luck."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(1000).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def native() -> None:
+    """The test is about the compiled kernels. Without them it fails: a suite that skips most of
+    itself would look like one that passes."""
+    from resops import _native
+
+    if _native.error is not None:
+        pytest.fail(f"no native kernels: {_native.error}")
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request: pytest.FixtureRequest, native: None) -> Iterator[str]:
+    """Each instruction set in turn; the name of the one that the kernels now use."""
+    from resops import _C
+
+    if request.param not in _C.cpu_capabilities():
+        pytest.skip(f"this processor or build has no {request.param}: {_C.cpu_capabilities()}")
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(request.param)
+    try:
+        assert _C.cpu_capability() == request.param
+        yield request.param
+    finally:
+        _C.set_cpu_capability(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

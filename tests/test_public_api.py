@@ -1,0 +1,325 @@
+"""The public names, their signatures and docstrings, and the package where a part is missing."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import resops
+from resops import functional, models, reference
+from resops import nn as layers
+
+ROOT = Path(__file__).resolve().parents[1]
+
+NAMES = {
+    resops: [
+        "BackendError",
+        "backend",
+        "functional",
+        "get_backend",
+        "models",
+        "nn",
+        "set_backend",
+        "show_env",
+    ],
+    functional: ["batch_norm_act", "conv_bn_act", "residual_add"],
+    layers: [
+        "BatchNormAct1d",
+        "BatchNormAct2d",
+        "BatchNormAct3d",
+        "Conv2dNormActivation",
+        "ResidualAdd",
+    ],
+    models: [
+        "create_model",
+        "list_models",
+        *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)),
+    ],
+}
+
+EMPTY = inspect.Parameter.empty
+SIGNATURES: dict[str, dict[str, Any]] = {
+    "functional.batch_norm_act": {
+        "input": EMPTY,
+        "running_mean": EMPTY,
+        "running_var": EMPTY,
+        "weight": None,
+        "bias": None,
+        "training": False,
+        "momentum": 0.1,
+        "eps": 1e-5,
+        "*": None,
+        "residual": None,
+        "activation": "relu",
+        "negative_slope": 0.01,
+        "process_group": None,
+    },
+    "functional.residual_add": {
+        "input": EMPTY,
+        "residual": EMPTY,
+        "alpha": 1.0,
+        "beta": 1.0,
+        "*": None,
+        "activation": None,
+        "negative_slope": 0.01,
+        "alpha_backward": None,
+        "beta_backward": None,
+    },
+    "functional.conv_bn_act": {
+        "input": EMPTY,
+        "conv_weight": EMPTY,
+        "conv_bias": EMPTY,
+        "running_mean": EMPTY,
+        "running_var": EMPTY,
+        "weight": None,
+        "bias": None,
+        "training": False,
+        "momentum": 0.1,
+        "eps": 1e-5,
+        "*": None,
+        "stride": 1,
+        "padding": 0,
+        "dilation": 1,
+        "groups": 1,
+        "residual": None,
+        "activation": "relu",
+        "negative_slope": 0.01,
+    },
+    "nn.BatchNormAct2d": {
+        "num_features": EMPTY,
+        "eps": 1e-5,
+        "momentum": 0.1,
+        "affine": True,
+        "track_running_stats": True,
+        "apply_act": True,
+        "act_layer": nn.ReLU,
+        "act_kwargs": None,
+        "inplace": True,
+        "drop_layer": None,
+        "device": None,
+        "dtype": None,
+    },
+    "nn.Conv2dNormActivation": {
+        "in_channels": EMPTY,
+        "out_channels": EMPTY,
+        "kernel_size": 3,
+        "stride": 1,
+        "padding": None,
+        "groups": 1,
+        "norm_layer": layers.BatchNormAct2d,
+        "activation_layer": nn.ReLU,
+        "dilation": 1,
+        "inplace": True,
+        "bias": None,
+    },
+}
+SIGNATURES |= {f"nn.BatchNormAct{n}d": SIGNATURES["nn.BatchNormAct2d"] for n in (1, 3)}
+
+
+def resolve(path: str) -> Any:
+    found: Any = resops
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def public_objects() -> Iterator[tuple[str, Any]]:
+    for module in NAMES:
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if callable(thing):
+                yield f"{module.__name__}.{name}", thing
+
+
+@pytest.mark.parametrize("module", NAMES, ids=lambda module: module.__name__)
+def test_names(module: Any) -> None:
+    for name in NAMES[module]:
+        assert hasattr(module, name), name
+        assert name in module.__all__, name
+    assert module.__doc__
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_signatures(path: str) -> None:
+    """Names, order and defaults, which are those of torch, torchvision and timm."""
+    parameters = dict(inspect.signature(resolve(path)).parameters)
+    found: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in found:
+            found["*"] = None
+        found[name] = parameter.default
+    assert list(found.items()) == list(SIGNATURES[path].items())
+
+
+@pytest.mark.parametrize(("name", "thing"), list(public_objects()))
+def test_docstrings_and_type_hints(name: str, thing: Any) -> None:
+    assert inspect.getdoc(thing), f"{name} has no docstring"
+    function = thing.__init__ if inspect.isclass(thing) else thing
+    if not inspect.isfunction(function) or not function.__module__.startswith("resops"):
+        return
+    signature = inspect.signature(function)
+    for parameter in list(signature.parameters.values()):
+        if parameter.name != "self":
+            assert parameter.annotation is not EMPTY, f"{name}: {parameter.name}"
+    assert signature.return_annotation is not EMPTY, name
+    if inspect.isclass(thing) and issubclass(thing, nn.Module):
+        assert inspect.getdoc(thing.forward), f"{name}.forward has no docstring"
+
+
+def test_layers_are_what_they_stand_for() -> None:
+    for n in (1, 2, 3):
+        ours = getattr(layers, f"BatchNormAct{n}d")
+        assert issubclass(ours, getattr(nn, f"BatchNorm{n}d"))
+    assert issubclass(layers.Conv2dNormActivation, nn.Sequential)
+    assert inspect.signature(layers.BatchNormAct2d.forward).parameters["residual"].default is None
+
+
+def test_definition_has_the_names_of_the_ops() -> None:
+    """resops.reference.<op> has a function for every registered op <op>_<phase>, with the same
+    arguments in the same order: it is their oracle."""
+    import importlib
+
+    assert reference.__doc__
+    checked = 0
+    for schema in torch._C._jit_get_all_schemas():
+        if not schema.name.startswith("resops::"):
+            continue
+        name = schema.name.removeprefix("resops::")
+        op = next(op for op in ("batch_norm", "residual_add") if name.startswith(op))
+        function = getattr(importlib.import_module(f"resops.reference.{op}"), name)
+        expected = [argument.name for argument in schema.arguments]
+        assert list(inspect.signature(function).parameters) == expected, name
+        assert inspect.getdoc(function), name
+        checked += 1
+    assert checked >= 8
+
+
+# ---- the environment ----------------------------------------------------------------------------
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_info_command() -> None:
+    """python -m resops.info says versions, devices, what was built, and which backend does what."""
+    done = subprocess.run(
+        [sys.executable, "-m", "resops.info"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for word in (resops.__version__, torch.__version__, "batch_norm", "residual_add", "native"):
+        assert word in done.stdout, word
+
+
+def test_show_env(capsys: pytest.CaptureFixture[str]) -> None:
+    from resops.info import environment
+
+    resops.show_env()
+    printed = capsys.readouterr().out
+    facts = environment()
+    assert facts["versions"]["resops"] == resops.__version__ and resops.__version__ in printed
+    assert facts["backend"] == "auto"
+    assert set(facts["backends"]) >= {"batch_norm", "residual_add"}
+    assert "cpu" in facts["backends"]["batch_norm"]["native"]
+    assert facts["backends"]["batch_norm"]["triton"].startswith("no: ")
+    assert facts["cpu_capability"] in facts["cpu_capabilities"]
+
+
+WITHOUT_NATIVE = """
+import sys
+{block}
+import torch, resops
+from resops.functional import batch_norm_act
+x = torch.randn(4, 3, 5, 5, requires_grad=True)
+mean, var = torch.zeros(3), torch.ones(3)
+y = batch_norm_act(x, mean, var, training=True, residual=x.detach())
+y.sum().backward()
+m, v = torch.zeros(3), torch.ones(3)
+z = torch.relu(torch.nn.functional.batch_norm(x, m, v, training=True) + x)
+assert torch.equal(y, z) and torch.equal(m, mean) and x.grad is not None
+try:
+    with resops.backend("native"):
+        batch_norm_act(x, mean, var)
+except resops.BackendError as error:
+    print("ERROR", error)
+resops.models.create_model("resnet18")(torch.randn(2, 3, 32, 32))
+resops.show_env()
+"""
+NOT_BUILT = "sys.modules['resops._C'] = None"
+# What the loader says where torch's libraries are others than those it was built for.
+BROKEN = """
+import importlib.abc, importlib.machinery
+class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        if name == "resops._C":
+            return importlib.machinery.ModuleSpec(name, self)
+    def create_module(self, spec):
+        raise ImportError("undefined symbol: _ZN2at4nope")
+    def exec_module(self, module):
+        pass
+sys.meta_path.insert(0, Broken())
+"""
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [(NOT_BUILT, r"not built"), (BROKEN, r"undefined symbol: _ZN2at4nope")],
+    ids=["not built", "does not load"],
+)
+def test_without_the_extension(block: str, message: str) -> None:
+    """Where nothing was compiled, or what was compiled does not load, everything works in plain
+    PyTorch, and the missing part is named with what to run."""
+    done = python(WITHOUT_NATIVE.format(block=block))
+    assert done.returncode == 0, done.stderr
+    error = next(line for line in done.stdout.splitlines() if line.startswith("ERROR"))
+    assert message in error and "pip install" in error
+    assert done.stdout.count(message) >= 2, "show_env says it too"
+
+
+def test_backend_from_the_environment() -> None:
+    done = python("import resops; print(resops.get_backend())", RESOPS_BACKEND="reference")
+    assert done.stdout.strip() == "reference", done.stderr
+    done = python("import resops", RESOPS_BACKEND="fastest")
+    assert done.returncode != 0 and "RESOPS_BACKEND must be one of" in done.stderr
+
+
+@pytest.mark.usefixtures("native")
+def test_cpu_capability_from_the_environment() -> None:
+    code = "import resops; print(resops._C.cpu_capability())"
+    done = python(code, RESOPS_CPU_CAPABILITY="portable")
+    assert done.stdout.strip() == "portable", done.stderr
+    done = python(code, RESOPS_CPU_CAPABILITY="neon")
+    assert done.returncode != 0 and "RESOPS_CPU_CAPABILITY must be one of" in done.stderr
+
+
+@pytest.mark.usefixtures("native")
+def test_cpu_capabilities() -> None:
+    from resops import _C
+
+    names = _C.cpu_capabilities()
+    assert names[0] == "portable" and _C.cpu_capability() in names
+    with pytest.raises(ValueError, match="must be one of portable, avx2, avx512"):
+        _C.set_cpu_capability("sse9")
+    missing = {"portable", "avx2", "avx512"} - set(names)
+    for name in missing:
+        with pytest.raises(ValueError, match="cannot run here"):
+            _C.set_cpu_capability(name)
+    facts = _C.build_info()
+    assert facts["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert facts["sanitizer"] in ("none", "address", "undefined", "thread")
