@@ -86,18 +86,27 @@ class Plan:
 Part = tuple[int, Callable[[Session], None]]  # steps of the progress bar, and what to do
 
 
-def _models(plan: Plan, names: tuple[str, ...], batches: tuple[int, ...]) -> list[Part]:
+def _models(
+    plan: Plan,
+    names: tuple[str, ...],
+    batches: tuple[int, ...],
+    threads_apart: bool = False,
+) -> list[Part]:
+    """The check, then a timing part for every batch, with ``threads_apart`` also for every number
+    of threads."""
     passed: set[str] = set()
 
     def check(session: Session) -> None:
         layers = names[-1] if "resnet50" not in names else "resnet50"
         passed.update(compare.run(session, names, CHECK_BATCH, layers))
 
-    def time_models(batch: int) -> Callable[[Session], None]:
-        return lambda session: resnet.run(session, names, batch, passed, plan.compile)
+    def time_models(batch: int, threads: tuple[int, ...]) -> Callable[[Session], None]:
+        return lambda session: resnet.run(session, names, batch, passed, threads, plan.compile)
 
     steps = resnet.steps(names, plan.dtypes)
-    return [(len(names), check), *((steps, time_models(batch)) for batch in batches)]
+    groups = [(t,) for t in plan.threads] if threads_apart else [plan.threads]
+    timings = [(steps, time_models(b, group)) for b, group in itertools.product(batches, groups)]
+    return [(len(names), check), *timings]
 
 
 def _bandwidth(session: Session, rooflines: dict[int, Roofline], curve: bool) -> None:
@@ -164,9 +173,10 @@ def parts_of(kind: str, plan: Plan) -> list[Part]:
         return [_models(plan, MAIN_MODELS, ())[0], _digits(plan)]
     if kind == "roofline":
         return [_beyond(plan, (), curve=True)[0]]
-    models = _models(plan, MAIN_MODELS, (plan.model_batch,))
+    # What matters most comes first: on a busy machine the time may end before the job does.
+    check, models, *more_threads = _models(plan, MAIN_MODELS, (plan.model_batch,), True)
     beyond = [] if plan.quick else _beyond(plan, BANDWIDTH_SHAPES)
-    return [*models, _digits(plan), _ops(plan), *beyond]
+    return [check, models, _digits(plan), _ops(plan), *beyond, *more_threads]
 
 
 def run(options: argparse.Namespace, began: float | None = None) -> int:

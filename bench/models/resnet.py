@@ -96,23 +96,30 @@ def steps(names: Sequence[str], dtypes: Sequence[str]) -> int:
 
 
 def run(
-    session: Session, names: Iterable[str], batch: int, passed: set[str], compiled: bool = False
+    session: Session,
+    names: Iterable[str],
+    batch: int,
+    passed: set[str],
+    threads: Sequence[int],
+    compiled: bool = False,
 ) -> None:
     """Time training and inference of the networks that passed their check.
 
     Args:
         passed: "<name> <dtype>" of the checks.
+        threads: the numbers of threads to time with.
         compiled: time ``torch.compile`` of the stock model, too.
     """
     images, labels = real_images(batch)
     images, labels = images.to(session.device), labels.to(session.device) % CLASSES
     for name, dtype in product(names, session.dtypes):
-        with session.step(f"{name} {dtype}") as in_time:
+        with session.step(f"{name} {dtype}, {'/'.join(map(str, threads))} threads") as in_time:
             if not in_time or f"{name} {dtype}" not in passed:
                 continue
             models = create_pair(name, session.device)
-            kept = {k: saved_activations(m, images, labels, dtype) for k, m in models.items()}
-            session.add_saved("models", name, **kept, dtype=dtype, batch=batch)
+            if session.threads[0] in threads:
+                kept = {k: saved_activations(m, images, labels, dtype) for k, m in models.items()}
+                session.add_saved("models", name, **kept, dtype=dtype, batch=batch)
             directions: dict[str, dict[str, Callable[[], object]]] = {
                 "training": {k: training_step(m, images, labels, dtype) for k, m in models.items()},
                 "inference": {k: inference(m, images, dtype) for k, m in models.items()},
@@ -123,8 +130,8 @@ def run(
                     stock, images, labels, dtype, compiled=True
                 )
                 directions["inference"]["compiled"] = inference(stock, images, dtype, compiled=True)
-            for (direction, calls), threads in product(directions.items(), session.threads):
-                with timing.threads(threads):
+            for (direction, calls), count in product(directions.items(), threads):
+                with timing.threads(count):
                     found = timing.alternate(
                         calls,
                         budget_s=session.model_seconds,
@@ -133,5 +140,5 @@ def run(
                         warmup=1,
                     )
                 session.add_timing(
-                    "models", name, found, threads, direction=direction, dtype=dtype, batch=batch
+                    "models", name, found, count, direction=direction, dtype=dtype, batch=batch
                 )

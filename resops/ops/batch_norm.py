@@ -132,10 +132,6 @@ def _check_pair(name1: str, t1: Tensor | None, name2: str, t2: Tensor | None, x:
         )
 
 
-def _backend(name: str) -> Any:
-    return torch.ops.resops if name == "native" else reference
-
-
 class BatchNormFunction(torch.autograd.Function):
     """The phases of one backend, and what is kept between them.
 
@@ -157,7 +153,7 @@ class BatchNormFunction(torch.autograd.Function):
         activation: str,
         negative_slope: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.resops.batch_norm_forward(
+        return _native_forward(
             x,
             residual,
             weight,
@@ -191,7 +187,7 @@ class BatchNormFunction(torch.autograd.Function):
         # Without an activation the residual's gradient is grad_y itself: no kernel writes a copy.
         unchanged = activation == "identity" and needed[1]
         needed[1] = needed[1] and not unchanged
-        backward = torch.ops.resops.batch_norm_backward
+        backward = _native_backward
         if torch.is_grad_enabled():  # create_graph=True: formulas that autograd can follow
             backward = reference.batch_norm_backward
             if training:
@@ -258,7 +254,7 @@ def batch_norm(
         return reference.batch_norm(*args)
     if torch.is_grad_enabled():
         return apply_function(BatchNormFunction, *args)[0]
-    return torch.ops.resops.batch_norm_forward(*args)[0]
+    return _native_forward(*args)[0]
 
 
 # Fake kernels: sizes, dtypes and strides of what the compiled ops return.
@@ -365,3 +361,7 @@ if _native.error is None:
         "backward": _fake_backward,
     }.items():
         torch.library.register_fake(f"resops::batch_norm_{_phase}", _fake)
+
+    # The overloads themselves: resolving them anew costs 2 us a call.
+    _native_forward = torch.ops.resops.batch_norm_forward.default
+    _native_backward = torch.ops.resops.batch_norm_backward.default
