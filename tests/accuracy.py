@@ -176,9 +176,20 @@ def measure(
     # A NaN of ours is as wrong as can be.
     used = np.nan_to_num(np.maximum(ours_l2 / limit, ours_max / max_limit), nan=np.inf)
     c = int(used.argmax())
-    figures = (ours_l2, torch_l2, limit, ours_max, torch_max, max_limit)
-    numbers = [float(np.nan_to_num(a[c], nan=np.inf)) for a in figures]
-    return Figures(name, *numbers, channel=c)
+
+    def number(a: Array) -> float:
+        return float(np.nan_to_num(a[c], nan=np.inf))
+
+    return Figures(
+        name,
+        number(ours_l2),
+        number(torch_l2),
+        number(limit),
+        number(ours_max),
+        number(torch_max),
+        number(max_limit),
+        c,
+    )
 
 
 def assert_rule_R(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,19 +18,17 @@ def _same_numbers_every_time() -> None:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Memory from torch.empty, in Python and in C++, holds NaN (255 for bytes), not zeros by luck."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
+    """Memory from torch.empty, in Python and in C++, holds NaN (255 for bytes), no lucky zeros."""
+    settings: Any = torch.utils.deterministic  # its one attribute is a property of the module
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         assert torch.empty(1000).isnan().all()
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        settings.fill_uninitialized_memory = before[1]
 
 
 @pytest.fixture

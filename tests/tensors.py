@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MARGIN = 67  # elements before and after the data; odd, so that nothing starts at a vector boundary
+# Elements before and after the data; odd, so that nothing starts at a vector boundary. There are
+# none under AddressSanitizer, which watches the ends of memory itself: memory ends with the data.
+MARGIN = int(os.environ.get("RESOPS_TEST_MARGIN", "67"))
 
 Strides = tuple[int, ...]
 
@@ -139,15 +142,15 @@ def guarded(values: Tensor, layout: str = "contiguous", offset: int = 0) -> Guar
     Args:
         layout: one of LAYOUTS; for an expanded one the values are those of the first element
             along the expanded dimensions.
-        offset: elements by which the data is moved, 0 to MARGIN: another alignment.
+        offset: elements by which the data is moved: another alignment.
     """
     size = values.size()
     strides = LAYOUTS[layout](size)
     extent = 1 + sum((n - 1) * s for n, s in zip(size, strides, strict=True) if n > 0)
     extent = 0 if values.numel() == 0 else extent
     poison = math.nan if values.dtype.is_floating_point else 255
-    buffer = torch.full((extent + 2 * MARGIN,), poison, dtype=values.dtype)
-    view = buffer.as_strided(size, strides, MARGIN + offset - (offset > 0))
+    buffer = torch.full((extent + offset + 2 * MARGIN,), poison, dtype=values.dtype)
+    view = buffer.as_strided(size, strides, MARGIN + offset)
     if 0 in strides and values.numel() > 0:
         first = values[tuple(slice(0, 1) if s == 0 else slice(None) for s in strides)]
         buffer.as_strided(first.size(), strides, view.storage_offset()).copy_(first)

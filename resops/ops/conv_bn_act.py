@@ -181,14 +181,19 @@ class FoldedConvolution:
 
     def _bound(self, x: Tensor, residual: Tensor | None, activation: str) -> float | None:
         """An upper bound on the argument of the activation; None where none is known or needed."""
-        bounds = [_magnitude.known(t) for t in (x, residual) if t is not None]
-        if None not in bounds:
-            bound = self._propagated(*bounds)  # type: ignore[arg-type]
-            if bound < _NO_OVERFLOW[self.dtype]:
-                return bound
-        if activation == "identity":
+        tensors = (x,) if residual is None else (x, residual)
+        bounds = [_magnitude.known(t) for t in tensors]
+        if activation == "identity" and None in bounds:
             return None
-        return self._propagated(*(_magnitude.measure(t) for t in (x, residual) if t is not None))
+        bound = self._propagated(
+            *[
+                _magnitude.measure(t) if b is None else b
+                for t, b in zip(tensors, bounds, strict=True)
+            ]
+        )
+        if activation == "identity" or bound < _NO_OVERFLOW[self.dtype]:
+            return bound
+        return self._propagated(*[_magnitude.measure(t) for t in tensors])
 
     def _propagated(self, x: float, residual: float = 0.0) -> float:
         return 1.01 * (self.gain * x + self.offset + residual)

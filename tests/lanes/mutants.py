@@ -1,8 +1,8 @@
 """Planted bugs, each with the tests that must catch it. tests/lanes/mutation.py plants and runs.
 
 ``original`` is text that occurs exactly once in the file, an expression; ``mutated`` is what stands
-there instead while the bug is active. A C++ statement is replaced by ``statement``. A bug in several
-places is a tuple of edits. The first seven are those of TESTING.md; then come those that other
+there instead while the bug is active. ``statement`` marks a C++ statement. A bug in several places
+is a tuple of edits. The first seven are those of TESTING.md; then come those that other
 kernels had in the wild, and that other suites did not see.
 """
 
@@ -52,11 +52,15 @@ MUTANTS = [
         "one-pass variance",
         (
             Edit(
-                KERNELS, "first_shift(x + span.row_begin * width + c, first_rows, width)", "acc(0)"
+                KERNELS,
+                "first_shift(x + span.row_begin * width + c, first_rows, width)",
+                "acc_t<T>(0)",
             ),
             Edit(KERNELS, "sums.recentre(end - begin)", "false"),
             Edit(KERNELS, "is_far(away, total, merged_m2)", "false"),
-            Edit(KERNELS, "pilot_shift(plane(span.row_begin, i) + span.begin, pilot)", "acc(0)"),
+            Edit(
+                KERNELS, "pilot_shift(plane(span.row_begin, i) + span.begin, pilot)", "acc_t<T>(0)"
+            ),
             Edit(KERNELS, "is_far(mean[i] - static_cast<double>(s.shift), total, m2[i])", "false"),
         ),
         f"{NUMERICS}::test_mean_of_many_standard_deviations",
@@ -95,7 +99,7 @@ MUTANTS = [
     ),
     bug(
         "a gradient assumed contiguous",
-        Edit(DRIVER, "grad(walk.layout.dense(grad_y))", "grad(grad_y)"),
+        Edit(DRIVER, "walk.layout.dense(grad_y)", "grad_y"),
         f"{LAYOUTS}::test_strange_strides_of_one_tensor",
     ),
     bug(
@@ -116,8 +120,11 @@ MUTANTS = [
     ),
     bug(
         "momentum the other way round",
-        Edit(DRIVER, "(1 - momentum) * static_cast<double>(value) + momentum * batch[c]",
-             "momentum * static_cast<double>(value) + (1 - momentum) * batch[c]"),
+        Edit(
+            DRIVER,
+            "(1 - momentum) * static_cast<double>(value) + momentum * batch[c]",
+            "momentum * static_cast<double>(value) + (1 - momentum) * batch[c]",
+        ),
         f"{NUMERICS}::test_momentum",
     ),
     bug(
@@ -246,7 +253,12 @@ MUTANTS = [
     bug(
         "bfloat16 rounded towards zero",
         Edit(SIMD, "(bits + 0x7fff + (bits >> 16 & 1)) >> 16", "bits >> 16"),
-        f"{NUMERICS}::test_rule_R",
+        f"{NUMERICS}::test_16_bit_results_are_rounded_once",
+    ),
+    bug(
+        "float16 rounded towards zero",
+        Edit(SIMD, "0xfff + (bits >> 13 & 1)", "0"),
+        f"{NUMERICS}::test_16_bit_results_are_rounded_once",
     ),
     bug(
         "float16 subnormals flushed",
@@ -256,7 +268,7 @@ MUTANTS = [
         f"{NUMERICS}::test_relu_backward_at_zero_and_nan",
     ),
     bug(
-        "strides of the output those of the input's numbers, not of its layout",
+        "output always contiguous",
         Edit(
             "csrc/common/memory_layout.h",
             "at::empty_like(x, x.options(), format)",
@@ -292,7 +304,9 @@ MUTANTS = [
     ),
     bug(
         "gradient's mean divided by n-1",
-        Edit(DRIVER, "mean_grad_xhat.push_back(sum / m)", "mean_grad_xhat.push_back(sum / (m - 1))"),
+        Edit(
+            DRIVER, "mean_grad_xhat.push_back(sum / m)", "mean_grad_xhat.push_back(sum / (m - 1))"
+        ),
         f"{NUMERICS}::test_rule_R",
     ),
     bug(
@@ -342,17 +356,18 @@ MUTANTS = [
     bug(
         "size of a vector not checked",
         Edit(CHECKS, "t.numel() == channels", "true"),
-        f"{ARGUMENTS}::test_wrong_call_raises",
+        f"{ARGUMENTS}::test_wrong_call_raises[op_forward_weight_short]",
+        f"{ARGUMENTS}::test_wrong_call_raises[op_backward_mean_short]",
     ),
     bug(
         "size of the gradient not checked",
         Edit(CHECKS, "t.sizes() == x.sizes()", "true"),
-        f"{ARGUMENTS}::test_wrong_call_raises",
+        f"{ARGUMENTS}::test_wrong_call_raises[op_backward_grad_y_half_batch]",
     ),
     bug(
         "eps of NaN accepted",
         Edit("csrc/batch_norm.cpp", "!training || eps > 0", "!training || !(eps <= 0)"),
-        f"{ARGUMENTS}::test_wrong_call_raises",
+        f"{ARGUMENTS}::test_wrong_call_raises[op_forward_eps_nan]",
     ),
     bug(
         "one value per channel accepted",
@@ -362,7 +377,7 @@ MUTANTS = [
     bug(
         "length of the mask not checked",
         Edit("csrc/batch_norm.cpp", "mask->numel() == mask_size", "true"),
-        f"{ARGUMENTS}::test_wrong_call_raises",
+        f"{ARGUMENTS}::test_wrong_call_raises[op_backward_mask_short]",
     ),
     # ---- Python ---------------------------------------------------------------------------------
     bug(
@@ -382,7 +397,9 @@ MUTANTS = [
     ),
     bug(
         "statistics constant in the second derivative",
-        Edit(OP, "reference.batch_norm_statistics(x)", "reference.batch_norm_statistics(x.detach())"),
+        Edit(
+            OP, "reference.batch_norm_statistics(x)", "reference.batch_norm_statistics(x.detach())"
+        ),
         f"{OPINFO}::test_gradcheck",
     ),
     bug(
@@ -405,7 +422,9 @@ MUTANTS = [
     ),
     bug(
         "folded weights without eps",
-        Edit("resops/reference/conv_bn_act.py", "running_var.to(wide) + eps", "running_var.to(wide)"),
+        Edit(
+            "resops/reference/conv_bn_act.py", "running_var.to(wide) + eps", "running_var.to(wide)"
+        ),
         f"{STATE}::test_folding",
     ),
     bug(

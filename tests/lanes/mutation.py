@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import io
 import os
 import shutil
 import signal
@@ -25,19 +26,19 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # The copy; where this file runs from the copy, ROOT is the copy itself.
 IN_COPY = "RESOPS_MUTATION_TREE"
 TREE = Path(os.environ.get(IN_COPY, ROOT / "build" / "mutation" / "tree"))
-COPIED = ("csrc", "resops", "triton_kernels", "tests")
-COPIED_FILES = ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE")
 TIMEOUT = 120  # seconds for the tests of one bug; a bug that hangs is a bug that is seen
 
 if __name__ == "__main__":  # started as a file: find the package `tests`
     sys.path.insert(0, str(ROOT))
 
+from tests.lanes import source_copy  # noqa: E402
 from tests.lanes.mutants import MUTANTS, Edit, Mutant  # noqa: E402
 
 CPP_SWITCH = """
@@ -66,7 +67,7 @@ class PatternError(Exception):
 
 
 def switched(edit: Edit, active: Sequence[tuple[int, str]]) -> str:
-    """Text for the place of ``edit.original`` with the bugs that go there, each behind its switch."""
+    """Text for the place of ``edit.original``: the bugs that go there behind their switches."""
     if edit.file.endswith(".py"):
         call = '__import__("resops._mutant", fromlist=["on"]).on'
         text = f"({edit.original})"
@@ -110,7 +111,7 @@ def plant(mutants: Sequence[Mutant], root: Path) -> dict[str, str]:
     for file, ranges in cuts.items():
         text = (root / file).read_text()
         ranges.sort()
-        for (_, end, _), (start, _, _) in zip(ranges, ranges[1:], strict=False):
+        for (_, end, _), (start, _, _) in pairwise(ranges):
             if start < end:
                 errors.append(f"{file}: two patterns overlap at {text[start:end]!r}")
         for start, end, new in reversed(ranges):
@@ -121,13 +122,6 @@ def plant(mutants: Sequence[Mutant], root: Path) -> dict[str, str]:
             "tests/lanes/mutants.py no longer fits the source:\n  " + "\n  ".join(errors)
         )
     return planted
-
-
-def write(path: Path, content: bytes) -> None:
-    """Only where it changes something, so that a second build is a short one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file() or path.read_bytes() != content:
-        path.write_bytes(content)
 
 
 def prepare_tree(mutants: Sequence[Mutant]) -> None:
@@ -144,34 +138,7 @@ def prepare_tree(mutants: Sequence[Mutant]) -> None:
         + CPP_VARIABLE
     )
     planted["resops/_mutant.py"] = PY_SWITCH
-    wanted: set[Path] = set()
-    for folder in COPIED:
-        for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and path.suffix not in (".so", ".pyc"):
-                wanted.add(path.relative_to(ROOT))
-    wanted |= {Path(name) for name in COPIED_FILES if (ROOT / name).is_file()}
-    wanted |= {Path(name) for name in planted}
-    for relative in wanted:
-        text = planted.get(relative.as_posix())
-        content = (ROOT / relative).read_bytes() if text is None else text.encode()
-        write(TREE / relative, content)
-    for folder in COPIED:
-        for path in (TREE / folder).rglob("*"):
-            gone = path.is_file() and path.relative_to(TREE) not in wanted
-            if gone and path.suffix not in (".so", ".pyc"):
-                path.unlink()
-
-
-def build() -> None:
-    """Compile the copy, for the portable instruction set: a machine that CMake does not know."""
-    environment = {
-        **os.environ,
-        "RESOPS_CUDA": "0",
-        "RESOPS_NATIVE": "1",
-        "CMAKE_ARGS": "-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=generic",
-    }
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=TREE, env=environment, check=True)
+    source_copy.renew(TREE, planted)
 
 
 # ---- running, in the copy -----------------------------------------------------------------------
@@ -199,7 +166,8 @@ def run_tests(number: int, tests: Sequence[str], log: Path, stop_early: bool) ->
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=short"]
+        # Only what the copy was built for: the portable instruction set.
+        options = ["-q", "-k", "not avx", "-m", "not slow", "-p", "no:cacheprovider", "--tb=short"]
         return int(pytest.main([*tests, *options, *(["-x"] if stop_early else [])]))
 
 
@@ -240,9 +208,11 @@ def run_all(mutants: Sequence[Mutant], numbers: Sequence[int]) -> int:
     chosen = [(number, mutants[number - 1]) for number in numbers]
     tests = tuple(sorted({test for _, mutant in chosen for test in mutant.tests}))
     # Imports all test modules once, for every process that is forked from this one.
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()) as collected:
         status = pytest.main([*tests, "--collect-only", "-qq", "-p", "no:cacheprovider"])
-    assert status == 0, f"tests named in mutants.py do not exist (pytest status {status})"
+    if status != 0:
+        print(collected.getvalue()[-2000:])
+        raise SystemExit("mutants.py names tests that cannot be collected")
 
     clean = Run(Mutant("no bug", (), tests), 0, logs / "clean.log", 0.0)
     start(clean)
@@ -296,7 +266,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     shutil.rmtree(TREE / "logs", ignore_errors=True)
-    build()
+    # For the portable instruction set only: a processor that CMake does not know.
+    source_copy.build(TREE, CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=generic")
     print(f"built with {len(MUTANTS)} planted bugs ({time.monotonic() - begin:.0f} s)", flush=True)
     # Again from the copy, whose packages `tests` and `resops` are then the ones that are imported.
     script = str(TREE / "tests" / "lanes" / "mutation.py")

@@ -23,7 +23,8 @@ from resops.models import create_model, list_models
 from tests.dispatch import counted_calls
 from tests.torchvision_ops import torchvision
 
-pytestmark = pytest.mark.models
+# One thread: on images this small a second one mostly waits.
+pytestmark = [pytest.mark.models, pytest.mark.usefixtures("one_thread")]
 
 NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 CL = torch.channels_last
@@ -44,7 +45,7 @@ def pair(name: str, **kwargs: Any) -> tuple[Any, Any]:
     return ours, theirs
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def evaluated(name: str) -> tuple[Any, Any, Tensor, Tensor]:
     """A pair in evaluation, an image, and the logits in float64."""
     ours, theirs = pair(name, num_classes=10)
@@ -59,7 +60,7 @@ def distance(y: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_state_and_initial_weights_are_torchvisions(name: str) -> None:
+def test_state_initial_weights_and_logits_are_torchvisions(name: str) -> None:
     torch.manual_seed(5)
     ours = create_model(name)
     torch.manual_seed(5)
@@ -71,12 +72,17 @@ def test_state_and_initial_weights_are_torchvisions(name: str) -> None:
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
     ours.load_state_dict(stated, strict=True)
     theirs.load_state_dict(own, strict=True)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        y, expected = ours.eval()(x), theirs.eval()(x)
+    # Rounding errors of 1e-7 a layer; a block that is left out moves the logits by some 10 %.
+    assert distance(y, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("memory_format", [CL, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_logits(name: str, memory_format: torch.memory_format) -> None:
-    """float32 in evaluation, folded; and the float64 network knows which of the two is nearer."""
+    """float32 in evaluation, folded; the float64 network says which of the two is nearer."""
     ours, theirs, x, exact = evaluated(name)
     # nn.Module.to moves in place.
     ours, theirs = (copy.deepcopy(m).to(memory_format=memory_format) for m in (ours, theirs))
@@ -96,7 +102,8 @@ def test_logits(name: str, memory_format: torch.memory_format) -> None:
 @torch.no_grad()
 def test_logits_in_bfloat16(name: str, how: str) -> None:
     """Each of some 50 layers rounds its output to 8 bits: errors of 1 % either way. The factor is
-    that of rule R for 16-bit data; the fold rounds weights where stock rounds another activation."""
+    that of rule R for 16-bit data; the fold rounds weights where stock rounds an activation more.
+    """
     ours, theirs, x, exact = evaluated(name)
     ours, theirs = (copy.deepcopy(m).to(memory_format=CL) for m in (ours, theirs))
     x = x.contiguous(memory_format=CL)
@@ -109,18 +116,21 @@ def test_logits_in_bfloat16(name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-@torch.no_grad()
-def test_evaluation_is_convolutions_only(name: str) -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_is_convolutions_only(name: str, mode: Any) -> None:
     ours, _, x, _ = evaluated(name)
     ours = copy.deepcopy(ours).to(memory_format=CL)
     convolutions = sum(isinstance(m, nn.Conv2d) for m in ours.modules())
-    ours(x)
-    with counted_calls() as calls:
+    with mode():
         ours(x)
+        with counted_calls() as calls:
+            ours(x)
     assert calls["mkldnn::_convolution_pointwise"] == convolutions
     for name in calls:
         assert "batch_norm" not in name and "relu" not in name and "add" not in name.split("::")[1:]
-    assert calls["aten::linalg_vector_norm"] <= 4  # what it costs to know that no NaN can arise
+    assert (
+        calls["aten::linalg_vector_norm"] <= convolutions // 5
+    )  # what it costs to know that no NaN can arise
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -139,14 +149,15 @@ def test_training_is_convolutions_and_fused_norms(name: str, native: None) -> No
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_training_equals_torchvisions(name: str) -> None:
-    """Two steps in float64: loss, gradients, weights and running statistics.
+    """Steps in float64: loss, gradients, weights and running statistics.
 
     The sign of a value that is 0 but for rounding decides about a gradient of relu; in float64
-    there is no such value among some 1e5.
+    there is no such value among some 1e5. The last stage has 8 values a channel: statistics of two
+    or three would magnify every rounding error.
     """
     models = pair(name, num_classes=10)
-    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    target = torch.tensor([1, 3, 3, 7])
+    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    target = torch.tensor([3, 7])
     losses: list[list[Tensor]] = [[], []]
     for model, own_losses in zip(models, losses, strict=True):
         model.double().train()
@@ -267,7 +278,6 @@ def test_compiled_without_graph_breaks(backend: str, training: bool) -> None:
         ("resnet18", {"zero_init_residual": True}),
         ("resnet50", {"zero_init_residual": True}),
         ("resnet50", {"groups": 32, "width_per_group": 4}),
-        ("resnet50", {"width_per_group": 128}),
     ],
 )
 def test_options_of_torchvision(name: str, kwargs: dict[str, Any]) -> None:
@@ -301,7 +311,7 @@ def test_list_models() -> None:
 
 
 def test_unknown_model() -> None:
-    with pytest.raises(ValueError, match="no model is called 'resnet5'; did you mean .*resnet50"):
+    with pytest.raises(ValueError, match=r"no model is called 'resnet5'; did you mean .*resnet50"):
         create_model("resnet5")
     with pytest.raises(ValueError, match="no model is called 'vgg'; there are resnet18"):
         create_model("vgg")

@@ -267,7 +267,20 @@ def through_detach(t: Tensor) -> None:
     t.detach()[0] = 3.0
 
 
-CHANGES = [add_, through_data, new_data, new_data_twice, through_a_view, through_detach]
+def one_element(t: Tensor) -> None:
+    """Not among the values that are compared."""
+    t[(0, 1, 0, 0) if t.dim() == 4 else 1] = 3.0
+
+
+CHANGES = [
+    add_,
+    one_element,
+    through_data,
+    new_data,
+    new_data_twice,
+    through_a_view,
+    through_detach,
+]
 NAMES = ["0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"]
 
 

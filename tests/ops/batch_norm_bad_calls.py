@@ -235,12 +235,13 @@ def fake_forward(**changes: Any) -> None:
 
 BAD: dict[str, Bad] = {}
 for _name, (_changes, _error, _message) in FORWARD.items():
-    for _prefix, _call in {
+    _callers: dict[str, Callable[..., None]] = {
         "functional": functools.partial(functional, "auto"),
         "reference": functools.partial(functional, "reference"),
         "op_forward": op_forward,
         "fake_forward": fake_forward,
-    }.items():
+    }
+    for _prefix, _call in _callers.items():
         if _prefix == "fake_forward" and ("sparse" in _name or "meta" in _name):
             continue  # torch's fake tensors refuse these themselves
         BAD[f"{_prefix}_{_name}"] = Bad(functools.partial(_call, **_changes), _error, _message)
@@ -271,12 +272,12 @@ BAD |= {
         "process_group",
     ),
     "functional_momentum_none": Bad(
-        lambda: batch_norm_act(x_like(), f32(C), f32(C), training=True, momentum=None),  # type: ignore[arg-type]
+        lambda: batch_norm_act(x_like(), f32(C), f32(C), training=True, momentum=None),
         "TypeError|RuntimeError",
         "momentum",
     ),
     "functional_input_array": Bad(
-        lambda: batch_norm_act(x_like().numpy(), None, None, training=True),  # type: ignore[arg-type]
+        lambda: batch_norm_act(x_like().numpy(), None, None, training=True),
         "TypeError",
         "input",
     ),

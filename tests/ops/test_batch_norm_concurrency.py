@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_any_number_of_threads_gives_the_same_bits(
 def test_several_threads_one_module() -> None:
     """G: two Python threads, one module: no crash, and every output is right. In training both
     update the statistics, in some order."""
-    layer = BatchNormAct2d(16)
+    layer: Any = BatchNormAct2d(16)
     x = torch.randn(8, 16, 20, 20)
     expected = torch.nn.functional.relu(
         torch.nn.functional.batch_norm(x, None, None, training=True)

@@ -139,11 +139,10 @@ def test_unfitting_devices(where: str) -> None:
     """F: tensors of another device than the input's: a clear error."""
     x = torch.randn(2, 6, 3, 5)
     other = torch.empty(6, device="meta")
+    statistics = (other, other) if where == "meta" else (torch.zeros(6), torch.ones(6))
+    weight = None if where == "meta" else other
     with pytest.raises((RuntimeError, NotImplementedError), match=r"device"):
-        if where == "meta":
-            batch_norm_act(x, other, other, training=False)
-        else:
-            batch_norm_act(x, torch.zeros(6), torch.ones(6), weight=other)
+        batch_norm_act(x, *statistics, weight=weight)
 
 
 # ---- backends -----------------------------------------------------------------------------------
@@ -209,7 +208,8 @@ def compare_training(backend: str, dynamic: bool | None, act_layer: Any, sizes: 
     for size in sizes:
         x = torch.randn(size, 4, 6, 6).contiguous(memory_format=torch.channels_last)
         outputs = []
-        for module, optimizer in zip((eager, run), optimizers, strict=True):
+        modules: list[Any] = [eager, run]
+        for module, optimizer in zip(modules, optimizers, strict=True):
             optimizer.zero_grad()
             y = module(x)
             y.square().mean().backward()

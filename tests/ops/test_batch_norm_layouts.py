@@ -42,7 +42,7 @@ SHAPES = [(13, 7), (3, 6, 9), (3, 19, 5, 7), (2, 5, 2, 3, 4)]
 HALF = [torch.bfloat16, torch.float16]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def plain_case(shape: tuple[int, ...], dtype: torch.dtype) -> BatchNormCase:
     x = (torch.randn(shape, generator=torch.Generator().manual_seed(4)) + 1).to(dtype)
     return random_case(x, residual=True, activation="relu").with_decided_signs()
@@ -111,7 +111,7 @@ def test_slices_of_nan(
 @pytest.mark.parametrize("layout", EXPANDED_LAYOUTS)
 @pytest.mark.parametrize("which", ["x", "residual", "grad_y"])
 def test_expanded(which: str, layout: str, capability: str) -> None:
-    """C: x expanded in the batch (stride 0): right, and grad_x dense; likewise the other tensors."""
+    """C: x expanded in the batch (stride 0): right, and grad_x dense; so with other tensors."""
     if which == "x" and layout == "expanded":
         layout = "expanded_batch"  # one value everywhere: test_constant_channel
     case = random_case(torch.randn(3, 19, 5, 7), residual=True, activation="relu")
@@ -153,7 +153,7 @@ def test_gradient_of_a_sum(activation: str, layout: str, capability: str) -> Non
 @pytest.mark.parametrize("shape", SHAPES)
 def test_output_strides_are_those_of_torch(shape: tuple[int, ...], layout: str) -> None:
     """C: channels_last and channels_last_3d, training and evaluation: y and grad_x keep the input's
-    memory format, as torch's do; a 3-D channels-last input, which torch makes contiguous, is kept."""
+    memory format, as torch's do. 3-D channels-last, which torch makes contiguous, is kept too."""
     for training in (True, False):
         x = in_layout(torch.randn(shape), layout)
         mean, var = torch.zeros(shape[1]), torch.ones(shape[1])

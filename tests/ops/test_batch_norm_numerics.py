@@ -17,6 +17,7 @@ from tests.ops.batch_norm_oracle import (
     ACTIVATIONS,
     PIECEWISE_LINEAR,
     BatchNormCase,
+    bits,
     random_case,
     run_native,
     run_ops,
@@ -40,7 +41,7 @@ SHAPES_AND_LAYOUTS = [
 pytestmark = pytest.mark.usefixtures("native")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def core_case(
     shape: tuple[int, ...],
     layout: str,
@@ -102,7 +103,7 @@ def test_reference_obeys_the_rule(layout: str, dtype: torch.dtype) -> None:
 # ---- large means --------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def large_mean_case(
     ratio: float, shape: tuple[int, ...], layout: str, training: bool
 ) -> BatchNormCase:
@@ -200,6 +201,32 @@ def test_statistics_of_16_bit_data_are_float32(dtype: torch.dtype, capability: s
     # Held by rule R to float32's precision, for statistics and for gradients of float32 parameters.
     for name in ("mean", "invstd", "running_mean", "running_var"):
         assert figures[name].ours < 1e-6, figures[name]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", HALF)
+def test_16_bit_results_are_rounded_once(
+    dtype: torch.dtype, activation: str, layout: str, capability: str
+) -> None:
+    """B: 16-bit data is computed in float32 and rounded once, to nearest even: the result is the
+    one for the same data in float32, rounded by torch. Rule R would let truncation pass."""
+    for training, residual in itertools.product([True, False], [False, True]):
+        low = core_case((3, 19, 5, 7), layout, dtype, activation, training, residual)
+        wide = replace(
+            low,
+            **{
+                name: in_layout(t.float(), layout)
+                for name in ("x", "residual", "grad_y")
+                if (t := getattr(low, name)) is not None
+            },
+        )
+        a, b = run_ops(low), run_ops(wide)
+        for name, t in a.items():
+            other = b[name]
+            assert (t is None) == (other is None), name
+            if t is not None and other is not None:
+                assert torch.equal(bits(t), bits(other.to(t.dtype))), name
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -427,7 +454,7 @@ def test_residual_flips_the_sign(
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_zero_weight(activation: str, layout: str, capability: str) -> None:
-    """B: weight = 0 (zero-init last gamma): y = act(bias + r), grad_weight right, grad_x exactly 0."""
+    """B: weight = 0 (zero-init last gamma): y = act(bias + r), grad_weight right, grad_x is 0."""
     case = random_case(in_layout(torch.randn(3, 6, 5, 5), layout), residual=True)
     weight = torch.tensor([0.0, 1.0, 0.0, -1.0, -0.0, 0.0])
     case = replace(case, weight=weight, activation=activation).with_decided_signs()

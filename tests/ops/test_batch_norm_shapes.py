@@ -156,7 +156,7 @@ def check_exact(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None
             assert (ulps_apart(got, mean) <= 8).all(), f"{name} of {label}"
         else:
             assert torch.equal(got, mean.to(wide)), f"{name} of {label}"
-    assert torch.equal(direct_mean, out["mean"]), label  # type: ignore[arg-type]
+    assert torch.equal(direct_mean, out["mean"]), label
     invstd, running_var = out["invstd"], out["running_var"]
     assert invstd is not None and running_var is not None
     expected = torch.rsqrt(var + case.eps).to(wide)
@@ -166,7 +166,7 @@ def check_exact(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None
     assert (ulps_apart(direct_var, var.to(wide)) <= ulps).all(), f"var of {label}"
     unbiased = (var * (count / (count - 1))).to(wide)
     assert (ulps_apart(running_var, unbiased) <= ulps).all(), f"running_var of {label}"
-    assert torch.equal(out["grad_bias"], (mean * count).to(wide)), f"grad_bias of {label}"  # type: ignore[arg-type]
+    assert torch.equal(out["grad_bias"], (mean * count).to(wide)), f"grad_bias of {label}"
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -295,7 +295,7 @@ def test_numel_of_two_to_the_31(extra: int, channels_last: bool) -> None:
     """
     numel = 2**31 + extra
     N, C, L = (16, 8, 2**24) if extra == 0 else (17, 8, 15790321)
-    assert N * C * L == numel
+    assert numel == N * C * L
     M = N * L
     first, last = 0, numel - 1
     x = _sparse_values(numel, [first, last])
@@ -317,8 +317,8 @@ def test_numel_of_two_to_the_31(extra: int, channels_last: bool) -> None:
         y, got_mean, got_invstd, _ = torch.ops.resops.batch_norm_forward(
             x, None, weight, bias, None, None, True, 0.1, 1e-5, "identity", 0.0
         )
-    # A lost or repeated value would be off by 1. Rounding: the first value, 2^28 times the mean, may
-    # be what sums are shifted by, which costs 2^28 roundings of double, 2^-25 of the mean, a block.
+    # A lost or repeated value would be off by 1. Rounding: the first value, 2^28 times the mean,
+    # may be what sums are shifted by: 2^28 roundings of double, 2^-25 of the mean, a block.
     torch.testing.assert_close(got_mean.double(), mean, rtol=100 * u, atol=0)
     torch.testing.assert_close(got_invstd.double(), invstd, rtol=100 * u, atol=0)
     xhat_zero = -mean * invstd

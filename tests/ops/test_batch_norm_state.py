@@ -9,6 +9,7 @@ import itertools
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tests.ops.batch_norm_oracle import bits, random_case, run_native
 pytestmark = pytest.mark.usefixtures("native")
 
 # Our layer, torch's, and a shape.
-LAYERS = [
+LAYERS: list[tuple[Any, Any, tuple[int, ...]]] = [
     (BatchNormAct1d, nn.BatchNorm1d, (6, 5)),
     (BatchNormAct1d, nn.BatchNorm1d, (6, 5, 7)),
     (BatchNormAct2d, nn.BatchNorm2d, (6, 5, 3, 4)),
@@ -96,8 +97,8 @@ def test_statistics_are_updated_once() -> None:
 @pytest.mark.parametrize("track", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, 0.3, None])
 def test_layer_equals_torch(
-    ours: type[nn.Module],
-    torchs: type[nn.Module],
+    ours: Any,
+    torchs: Any,
     shape: tuple[int, ...],
     affine: bool,
     track: bool,
@@ -143,9 +144,7 @@ def test_momentum_none_is_the_plain_mean() -> None:
 
 
 @layers
-def test_num_batches_tracked(
-    ours: type[nn.Module], torchs: type[nn.Module], shape: tuple[int, ...]
-) -> None:
+def test_num_batches_tracked(ours: Any, torchs: Any, shape: tuple[int, ...]) -> None:
     """E: num_batches_tracked is incremented in place, in training only; also for an empty batch."""
     layer = ours(shape[1])
     counter = layer.num_batches_tracked
@@ -162,9 +161,7 @@ def test_num_batches_tracked(
 
 
 @layers
-def test_state_dict_both_ways(
-    ours: type[nn.Module], torchs: type[nn.Module], shape: tuple[int, ...]
-) -> None:
+def test_state_dict_both_ways(ours: Any, torchs: Any, shape: tuple[int, ...]) -> None:
     """E: strict state_dict both ways, and an old one without num_batches_tracked."""
     a, b = ours(shape[1]), torchs(shape[1])
     with torch.no_grad():
@@ -223,7 +220,7 @@ def test_copies(copied: Callable[[nn.Module], nn.Module]) -> None:
 
 
 def test_deepcopy_is_independent() -> None:
-    layer = trained_layer()
+    layer: Any = trained_layer()
     other = copy.deepcopy(layer).train()
     before = layer.running_mean.clone()
     other(torch.randn(4, 5, 3, 3) + 100)
@@ -293,8 +290,8 @@ def fold_case(
     affine: bool = True,
     eps: float = 1e-5,
     channels_last: bool = True,
-    **conv: object,
-) -> dict[str, object]:
+    **conv: Any,
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(11)
     C_in, C = 8, 12
 
@@ -317,23 +314,23 @@ def fold_case(
     }
 
 
-def folded_exact(case: dict[str, object], residual: Tensor | None) -> Exact:
+def folded_exact(case: dict[str, Any], residual: Tensor | None) -> Exact:
     """bn(conv(x)) in float64, and the absolute values of its terms."""
     c = {k: v.double() if isinstance(v, Tensor) else v for k, v in case.items()}
     names = ("stride", "padding", "dilation", "groups")
     geometry = {k: c[k] for k in names if k in c}
 
-    def column(t: object, default: float) -> Tensor:
+    def column(t: Any, default: float) -> Tensor:
         if not isinstance(t, Tensor):
             return torch.tensor(default, dtype=torch.float64)
         return t.view(1, -1, 1, 1)
 
-    scale = column(c["weight"], 1.0) * torch.rsqrt(column(c["running_var"], 1.0) + c["eps"])  # type: ignore[operator]
+    scale = column(c["weight"], 1.0) * torch.rsqrt(column(c["running_var"], 1.0) + c["eps"])
     shift = column(c["conv_bias"], 0.0) - column(c["running_mean"], 0.0)
-    conv = F.conv2d(c["input"], c["conv_weight"], **geometry)  # type: ignore[arg-type]
+    conv = F.conv2d(c["input"], c["conv_weight"], **geometry)
     z = (conv + shift) * scale + column(c["bias"], 0.0)
     # abs of every term: A = |w| conv |x| for the convolution, kappa = 0.
-    absolute = F.conv2d(c["input"].abs(), c["conv_weight"].abs(), **geometry)  # type: ignore[attr-defined]
+    absolute = F.conv2d(c["input"].abs(), c["conv_weight"].abs(), **geometry)
     terms = absolute + column(c["conv_bias"], 0.0).abs() + column(c["running_mean"], 0.0).abs()
     terms = terms * scale.abs() + column(c["bias"], 0.0).abs()
     if residual is not None:
@@ -341,7 +338,7 @@ def folded_exact(case: dict[str, object], residual: Tensor | None) -> Exact:
     return Exact(z.relu().numpy(), terms.numpy())
 
 
-FOLD_FLAGS: list[dict[str, object]] = [
+FOLD_FLAGS: list[dict[str, Any]] = [
     {},
     {"conv_bias": True},
     {"affine": False},
@@ -358,25 +355,22 @@ FOLD_FLAGS: list[dict[str, object]] = [
 @pytest.mark.parametrize("flags", FOLD_FLAGS, ids=str)
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_folding(dtype: torch.dtype, with_residual: bool, flags: dict[str, object]) -> None:
+def test_folding(dtype: torch.dtype, with_residual: bool, flags: dict[str, Any]) -> None:
     """E: conv+BN folding: groups, bias present or None, affine=False, eps, dtype: equals
     bn(conv(x)) within rule R, against torch's composition as the yardstick."""
-    case = fold_case(dtype, **flags)  # type: ignore[arg-type]
+    case = fold_case(dtype, **flags)
     composed = F.conv2d(
-        case["input"],  # type: ignore[arg-type]
-        case["conv_weight"],  # type: ignore[arg-type]
-        case["conv_bias"],  # type: ignore[arg-type]
+        case["input"],
+        case["conv_weight"],
+        case["conv_bias"],
         **{k: case[k] for k in ("stride", "padding", "dilation", "groups") if k in case},
     )
     residual = torch.randn_like(composed) if with_residual else None
-    of_torch = F.batch_norm(
-        composed,
-        *(case[k] for k in ("running_mean", "running_var", "weight", "bias")),  # type: ignore[arg-type]
-        eps=case["eps"],  # type: ignore[arg-type]
-    )
+    names = ("running_mean", "running_var", "weight", "bias", "eps")
+    of_torch = F.batch_norm(composed, **{name: case[name] for name in names})
     of_torch = F.relu(of_torch if residual is None else of_torch + residual)
     with counted_calls() as calls, torch.no_grad():
-        ours = conv_bn_act(**case, residual=residual)  # type: ignore[arg-type]
+        ours = conv_bn_act(**case, residual=residual)
     assert not any("batch_norm" in name for name in calls), calls
     assert ours.dtype == dtype and ours.stride() == of_torch.stride()
     exact = folded_exact(case, residual)
@@ -393,7 +387,7 @@ def test_folding_needs_constant_statistics() -> None:
     assert isinstance(mean, Tensor)
     before = mean.clone()
     with counted_calls() as calls, torch.no_grad():
-        conv_bn_act(**case, training=True)  # type: ignore[arg-type]
+        conv_bn_act(**case, training=True)
     assert native_calls(calls) == {"batch_norm_forward": 1}
     assert not torch.equal(mean, before)
 
@@ -402,13 +396,12 @@ def test_folding_leaves_gradients_alone() -> None:
     """E: a gradient that is asked for in evaluation is that of the composition."""
     case = fold_case(torch.float32, conv_bias=True)
     leaves = [
-        case[k].requires_grad_()  # type: ignore[attr-defined]
-        for k in ("input", "conv_weight", "conv_bias", "weight", "bias")
+        case[k].requires_grad_() for k in ("input", "conv_weight", "conv_bias", "weight", "bias")
     ]
-    grads = torch.autograd.grad(conv_bn_act(**case).square().sum(), leaves)  # type: ignore[arg-type]
-    z = F.conv2d(*(case[k] for k in ("input", "conv_weight", "conv_bias")))  # type: ignore[arg-type]
+    grads = torch.autograd.grad(conv_bn_act(**case).square().sum(), leaves)
+    z = F.conv2d(*(case[k] for k in ("input", "conv_weight", "conv_bias")))
     y = F.relu(
-        F.batch_norm(z, *(case[k] for k in ("running_mean", "running_var", "weight", "bias")))  # type: ignore[arg-type]
+        F.batch_norm(z, *(case[k] for k in ("running_mean", "running_var", "weight", "bias")))
     )
     for a, b in zip(grads, torch.autograd.grad(y.square().sum(), leaves), strict=True):
         # Sums of thousands of float32 products, most of them of the size of the largest gradient.
@@ -420,7 +413,8 @@ def test_folded_weights_follow_their_sources(change: str) -> None:
     """E: what is folded is kept until something that went into it changes."""
     block = Conv2dNormActivation(8, 12, 3).eval()
     x = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
-    norm = block[1]
+    conv: Any = block[0]
+    norm: Any = block[1]
 
     def composed() -> Tensor:
         with resops.backend("reference"):
@@ -431,14 +425,14 @@ def test_folded_weights_follow_their_sources(change: str) -> None:
         if change == "weight":
             norm.weight.mul_(2)
         elif change == "conv.weight":
-            block[0].weight.mul_(3)
+            conv.weight.mul_(3)
         elif change == "running_var":
             norm.train()(torch.randn(2, 12, 9, 9) * 4)
             norm.eval()
         elif change == "eps":
             norm.eps = 0.7
         else:
-            block[0].weight.data[:] += 0.5  # leaves no trace in a version counter
+            conv.weight.data[:] += 0.5  # leaves no trace in a version counter
         # Nine times eight float32 products of order 1, twice rounded: 1e-5 is a hundred roundings.
         torch.testing.assert_close(block(x), composed(), rtol=1e-5, atol=1e-5)
 
@@ -461,7 +455,7 @@ def test_folded_block_keeps_its_parameters() -> None:
 def test_layer_argument_combinations_reach_the_op() -> None:
     """Every fused activation of a layer is one call of the native op, with or without residual."""
     x = torch.randn(4, 5, 3, 3)
-    activations = {
+    activations: dict[Any, Any] = {
         nn.ReLU: F.relu,
         functools.partial(nn.LeakyReLU, negative_slope=0.2): functools.partial(
             F.leaky_relu, negative_slope=0.2
@@ -476,7 +470,7 @@ def test_layer_argument_combinations_reach_the_op() -> None:
             y = ours(x, residual)
         assert native_calls(calls) == {"batch_norm_forward": 1}, layer
         z = F.batch_norm(x, None, None, training=True)
-        expected = f(z if residual is None else z + residual)  # type: ignore[operator]
+        expected = f(z if residual is None else z + residual)
         torch.testing.assert_close(y, expected)
 
 

@@ -187,6 +187,17 @@ def test_zero_weight_leaves_the_bias() -> None:
     assert torch.equal(y[:, ::2], expected)
 
 
+@torch.no_grad()
+def test_the_bias_is_not_rounded_before_it_is_added() -> None:
+    """-1 + (1 + 2^-12), which no 16-bit number is."""
+    for dtype in DTYPES:
+        x = -torch.ones(1, 16, 4, 4).to(dtype).contiguous(memory_format=torch.channels_last)
+        weight = torch.eye(16)[:, :, None, None].to(dtype)
+        bias = torch.full((16,), 1 + 2.0**-12)
+        y = conv_bn_act(x, weight, None, torch.zeros(16), torch.ones(16), None, bias, eps=0.0)
+        assert torch.equal(y, torch.full_like(y, 2.0**-12))
+
+
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()

@@ -1,5 +1,5 @@
-"""PyTorch's own tests of F.batch_norm, run against batch_norm_act(activation=None): OpInfo's samples
-and their non-contiguous twins, gradcheck and gradgradcheck."""
+"""PyTorch's own tests of F.batch_norm, run on batch_norm_act(activation=None): OpInfo's samples and
+their non-contiguous twins, gradcheck and gradgradcheck."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ NUMBER_OF_SAMPLES = 12  # in torch 2.13; a sample that is not there tests nothin
 
 @functools.cache
 def opinfo() -> OpInfo:
-    (info,) = (
-        o for o in op_db if o.name == "nn.functional.batch_norm" and not o.variant_test_name
-    )
+    (info,) = (o for o in op_db if o.name == "nn.functional.batch_norm" and not o.variant_test_name)
     return info
 
 
@@ -117,7 +115,7 @@ def test_samples_of_the_composition(dtype: torch.dtype) -> None:
         expected = F.batch_norm(sample.input, *b, **sample.kwargs)
         assert torch.equal(y.nan_to_num(9.0), expected.nan_to_num(9.0))
         for s, t in zip(a[:2], b[:2], strict=True):
-            assert s is None or torch.equal(s, t)  # type: ignore[arg-type]
+            assert s is None or torch.equal(s, t)
 
 
 # ---- gradcheck and gradgradcheck ----------------------------------------------------------------
@@ -174,7 +172,8 @@ def differentiable(
                     inputs[0],
                     mean.clone(),
                     var.clone(),
-                    *(inputs[-2:] if affine else (None, None)),
+                    inputs[-2] if affine else None,
+                    inputs[-1] if affine else None,
                     training,
                     residual=inputs[1] if residual else None,
                     activation=None,

@@ -176,9 +176,7 @@ def test_one_constant_value(shape: tuple[int, ...], layout: str, activation: str
     """A constant input normalises to its bias, in every layout and for every shape."""
     x = in_layout(torch.full(shape, 3.7), layout)
     bias = torch.linspace(-1, 1, shape[1]) if shape[1] > 1 else torch.tensor([0.5])
-    y = batch_norm_act(
-        x, None, None, torch.full_like(bias, 2.0), bias, True, activation=activation
-    )
+    y = batch_norm_act(x, None, None, torch.full_like(bias, 2.0), bias, True, activation=activation)
     expected = torch.nn.functional.leaky_relu(bias, 0.01 if activation == "leaky_relu" else 0.0)
     column = expected.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
     assert torch.equal(y, column)

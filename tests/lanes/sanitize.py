@@ -1,0 +1,161 @@
+"""The sanitizer lanes: the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+    python tests/lanes/sanitize.py [address] [undefined]
+
+A copy of the source tree in build/sanitize is built with RESOPS_SANITIZE and tested with the stock
+torch wheel: the sanitizer's runtime library comes first through LD_PRELOAD, and libstdc++ with it,
+whose symbols the runtime wants at its start. Leaks are not looked for (Python and torch keep memory
+to the end on purpose). Before the tests each lane proves that it sees anything at all: a small
+library with planted errors is called the same way, on memory of a torch tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":  # started as a file: find the package `tests`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.lanes import source_copy
+
+KINDS = ("address", "undefined")
+RUNTIME = {"address": "libasan.so", "undefined": "libubsan.so"}
+OPTIONS = {
+    "address": {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:strict_init_order=1"},
+    "undefined": {"UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"},
+}
+
+# Every kernel, in every layout, dtype and instruction set, at sizes around a vector; wrong calls.
+# Out: what compiles or forks, counts objects or times threads, and whatever takes long.
+TESTS = ("tests/ops",)
+DESELECTED = (
+    "compile or opcheck or export or fork or gil or leak or thread or gradcheck or double_backward"
+    " or large_batch or around_a_power or 147x147 or fold or library_conv or cycle"
+    " or large_outputs or bad_tail_is_visible"
+)
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def library(name: str) -> str:
+    """Path of a library that comes with the compiler."""
+    path = subprocess.run(
+        [compiler(), f"-print-file-name={name}"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    if not os.path.isabs(path):
+        raise SystemExit(f"{compiler()} has no {name}; on Debian: apt-get install g++")
+    return os.path.realpath(path)
+
+
+def environment(kind: str) -> dict[str, str]:
+    """What a Python process needs to load a sanitized module."""
+    return {
+        **os.environ,
+        "LD_PRELOAD": f"{library(RUNTIME[kind])} {library('libstdc++.so.6')}",
+        # Python's own allocator would hide its blocks from the sanitizer.
+        "PYTHONMALLOC": "malloc",
+        "RESOPS_TEST_MARGIN": "0",
+        **OPTIONS[kind],
+    }
+
+
+SELF_CHECK = """
+import ctypes, sys, torch
+library = ctypes.CDLL(sys.argv[1])
+library.sum_of.restype = ctypes.c_float
+values = torch.ones(100)
+address = ctypes.c_void_p(values.data_ptr())
+assert library.sum_of(address, ctypes.c_int64(100)) == 100
+assert library.next_of(1) == 2
+what = sys.argv[2]
+if what == "read":
+    library.sum_of(address, ctypes.c_int64(101))
+elif what == "write":
+    library.write_at(address, ctypes.c_int64(-1))
+elif what == "overflow":
+    library.next_of(2**31 - 1)
+print("went on")
+"""
+PLANTED = {
+    "address": {"read": "heap-buffer-overflow", "write": "heap-buffer-overflow"},
+    "undefined": {"overflow": "signed integer overflow"},
+}
+
+
+def self_check(kind: str, folder: Path) -> None:
+    """The lane sees planted errors, and no error where there is none.
+
+    Raises:
+        SystemExit: it does not: then a clean run of the tests would mean nothing.
+    """
+    product = folder / f"out_of_bounds_{kind}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    source = Path(__file__).with_name("out_of_bounds.cpp")
+    flags = [f"-fsanitize={kind}", "-fno-sanitize-recover=all", "-O1", "-g", "-shared", "-fPIC"]
+    subprocess.run([compiler(), *flags, str(source), "-o", str(product)], check=True)
+
+    def run(what: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", SELF_CHECK, str(product), what]
+        return subprocess.run(command, env=environment(kind), capture_output=True, text=True)
+
+    clean = run("nothing")
+    if clean.returncode != 0 or "went on" not in clean.stdout:
+        raise SystemExit(f"{kind}: a program without an error does not run:\n{clean.stderr}")
+    for what, report in PLANTED[kind].items():
+        done = run(what)
+        if done.returncode == 0 or "went on" in done.stdout or report not in done.stderr:
+            raise SystemExit(f"{kind}: the planted error {what!r} was not seen:\n{done.stderr}")
+    print(f"{kind}: the planted errors are seen: {', '.join(PLANTED[kind])}", flush=True)
+
+
+CHECK_MODULE = """
+import sys, torch, resops
+from resops import _C
+assert _C.__file__.startswith(sys.argv[1]), _C.__file__
+assert _C.build_info()["sanitizer"] == sys.argv[2], _C.build_info()
+print("instruction sets:", *_C.cpu_capabilities())
+"""
+
+
+def run_lane(kind: str) -> int:
+    """Build and test; pytest's exit status."""
+    begin = time.monotonic()
+    folder = source_copy.ROOT / "build" / "sanitize"
+    tree = folder / kind
+    self_check(kind, folder)
+    source_copy.renew(tree, {})
+    source_copy.build(tree, RESOPS_SANITIZE=kind)
+    print(f"{kind}: built ({time.monotonic() - begin:.0f} s)", flush=True)
+    settings = {**environment(kind), "PYTHONPATH": str(tree)}
+    check = [sys.executable, "-c", CHECK_MODULE, str(tree), kind]
+    subprocess.run(check, cwd=tree, env=settings, check=True)
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=10", "-p", "no:cacheprovider"]
+    command += ["-m", "not slow", "-k", f"not ({DESELECTED})", *TESTS]
+    # faulthandler writes its own report on top of the sanitizer's.
+    command += ["-p", "no:faulthandler", "--durations=5"]
+    done = subprocess.run(command, cwd=tree, env=settings)
+    print(f"{kind}: {time.monotonic() - begin:.0f} s", flush=True)
+    return done.returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Tests the C++ kernels under sanitizers.")
+    parser.add_argument("kinds", nargs="*", metavar="address|undefined", help="default: both")
+    kinds = parser.parse_args().kinds or list(KINDS)
+    unknown = set(kinds) - set(KINDS)
+    if unknown:
+        parser.error(f"there is no lane {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
+    failed = [kind for kind in kinds if run_lane(kind) != 0]
+    print(f"sanitizer lanes: {', '.join(kinds)}; failed: {', '.join(failed) or 'none'}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
