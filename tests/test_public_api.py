@@ -262,13 +262,13 @@ resops.models.create_model("resnet18")(torch.randn(2, 3, 32, 32))
 resops.show_env()
 """
 NOT_BUILT = "sys.modules['resops._C'] = None"
-# What the loader says where torch's libraries are others than those it was built for.
+# A file that is found and does not load: what the loader says where torch's libraries are others.
 BROKEN = """
-import importlib.abc, importlib.machinery
+import importlib.abc, importlib.machinery, os
 class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
         if name == "resops._C":
-            return importlib.machinery.ModuleSpec(name, self)
+            return importlib.machinery.ModuleSpec(name, self, origin=os.environ["ORIGIN"])
     def create_module(self, spec):
         raise ImportError("undefined symbol: _ZN2at4nope")
     def exec_module(self, module):
@@ -278,14 +278,20 @@ sys.meta_path.insert(0, Broken())
 
 
 @pytest.mark.parametrize(
-    ("block", "message"),
-    [(NOT_BUILT, r"not built"), (BROKEN, r"undefined symbol: _ZN2at4nope")],
-    ids=["not built", "does not load"],
+    ("block", "content", "message"),
+    [
+        (NOT_BUILT, b"", "was not built"),
+        (BROKEN, b"", "undefined symbol: _ZN2at4nope"),
+        (BROKEN, b"resops-built-for-torch=1.13.0;", "was built for torch 1.13.0, running"),
+    ],
+    ids=["not built", "does not load", "built for another torch"],
 )
-def test_without_the_extension(block: str, message: str) -> None:
+def test_without_the_extension(block: str, content: bytes, message: str, tmp_path: Path) -> None:
     """Where nothing was compiled, or what was compiled does not load, everything works in plain
     PyTorch, and the missing part is named with what to run."""
-    done = python(WITHOUT_NATIVE.format(block=block))
+    origin = tmp_path / "_C.so"
+    origin.write_bytes(content)
+    done = python(WITHOUT_NATIVE.format(block=block), ORIGIN=str(origin))
     assert done.returncode == 0, done.stderr
     error = next(line for line in done.stdout.splitlines() if line.startswith("ERROR"))
     assert message in error and "pip install" in error

@@ -7,7 +7,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -21,33 +20,17 @@
 #include "../common/memory_layout.h"
 #include "../common/tensor_checks.h"
 #include "batch_norm_kernels.h"
-#include "capability.h"
+#include "driver.h"
 
 namespace resops {
 namespace {
 
 using at::Tensor;
 
-constexpr int64_t kPieceElements = 32768;  // at least, where there are more: 128 KB in fp32
-constexpr int64_t kPieceRows = 128;        // at least, in a channels-last reduction: one block
-constexpr int64_t kMaxPieces = 256;        // of a channels-last reduction
-// Outputs from this size on bypass the caches, which could not hold them until they are read.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
+constexpr int64_t kPieceRows = 128;  // at least, in a channels-last reduction: one block
+constexpr int64_t kMaxPieces = 256;  // of a channels-last reduction
 
-const BatchNormKernels& kernels() {
-  switch (cpu_capability()) {
-#ifdef RESOPS_HAVE_X86_ISA
-    case CpuCapability::avx512:
-      return avx512::batch_norm_kernels;
-    case CpuCapability::avx2:
-      return avx2::batch_norm_kernels;
-#endif
-    default:
-      return portable::batch_norm_kernels;
-  }
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+const BatchNormKernels& kernels() { return RESOPS_ACTIVE_KERNELS(batch_norm_kernels); }
 
 // How a tensor is walked; see batch_norm_kernels.h.
 struct Walk {
@@ -179,43 +162,10 @@ BatchNormArgs kernel_args(const Walk& walk, const Tensor& x, Activation activati
   return args;
 }
 
-bool can_stream(const Walk& walk, const Tensor& out) {
-  return static_cast<int64_t>(out.nbytes()) >= kStreamBytes && walk.width % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
-}
-
 // ---- small vectors of C values -----------------------------------------------------------------
 
-template <class F>
-void visit_values(const Tensor& t, F f) {
-  const auto visit = [&](auto* data) {
-    const int64_t stride = t.stride(0);
-    for (int64_t i = 0; i < t.numel(); ++i) f(data[i * stride], i);
-  };
-  switch (t.scalar_type()) {
-    case at::kDouble:
-      return visit(static_cast<double*>(t.data_ptr()));
-    case at::kHalf:
-      return visit(static_cast<at::Half*>(t.data_ptr()));
-    case at::kBFloat16:
-      return visit(static_cast<at::BFloat16*>(t.data_ptr()));
-    default:
-      return visit(static_cast<float*>(t.data_ptr()));
-  }
-}
-
 std::vector<double> to_vector(const OptionalTensor& t, int64_t channels, double missing) {
-  std::vector<double> values(channels, missing);
-  if (t) {
-    visit_values(*t, [&](auto& value, int64_t i) { values[i] = static_cast<double>(value); });
-  }
-  return values;
-}
-
-void write_vector(const Tensor& t, const std::vector<double>& values) {
-  visit_values(t, [&](auto& value, int64_t i) {
-    value = static_cast<std::remove_reference_t<decltype(value)>>(values[i]);
-  });
+  return t ? resops::to_vector(*t) : std::vector<double>(channels, missing);
 }
 
 // Kernel parameters: C values in the accumulation type, repeated over the width of a row.
@@ -317,8 +267,7 @@ std::tuple<Tensor, Tensor> run_apply(const Walk& walk, const Tensor& x,
                                      double negative_slope) {
   Tensor y = walk.layout.empty(x);
   const bool masked = residual && is_masked(activation);
-  Tensor mask = at::empty({masked ? walk.mask_bytes : 0},
-                          x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+  Tensor mask = at::empty({masked ? walk.mask_bytes : 0}, x.options().dtype(at::kByte));
   if (walk.numel == 0) return {y, mask};
   BatchNormArgs args = kernel_args(walk, x, activation, negative_slope);
   Parameters parameters(walk, x);
@@ -331,7 +280,7 @@ std::tuple<Tensor, Tensor> run_apply(const Walk& walk, const Tensor& x,
     if (masked) args.mask_out = mask.mutable_data_ptr<uint8_t>();
   }
   args.y = y.mutable_data_ptr();
-  args.streaming = can_stream(walk, y);
+  args.streaming = can_stream(y, walk.width % 16 == 0);
   const BatchNormKernels& k = kernels();
   for_spans_backwards(walk, [&](BatchNormSpan span, bool is_tail) {
     BatchNormArgs part = args;
@@ -398,9 +347,10 @@ std::tuple<Tensor, Tensor> run_backward_apply(const Walk& walk, BackwardCall& ca
                                               const std::vector<double>& mean_grad,
                                               const std::vector<double>& mean_grad_xhat,
                                               bool need_grad_x, bool need_grad_residual) {
-  const Tensor none = at::empty({0}, call.x.options().memory_format(at::MemoryFormat::Contiguous));
-  Tensor grad_x = need_grad_x ? walk.layout.empty(call.x) : none;
-  Tensor grad_residual = need_grad_residual ? walk.layout.empty(call.x) : none;
+  const auto grad = [&](bool needed) {
+    return needed ? walk.layout.empty(call.x) : at::empty({0}, call.x.options());
+  };
+  Tensor grad_x = grad(need_grad_x), grad_residual = grad(need_grad_residual);
   if (walk.numel == 0 || (!need_grad_x && !need_grad_residual)) return {grad_x, grad_residual};
   BatchNormArgs args = call.args;
   if (!mean_grad.empty()) {
@@ -416,8 +366,8 @@ std::tuple<Tensor, Tensor> run_backward_apply(const Walk& walk, BackwardCall& ca
   }
   args.grad_x = need_grad_x ? grad_x.mutable_data_ptr() : nullptr;
   args.grad_residual = need_grad_residual ? grad_residual.mutable_data_ptr() : nullptr;
-  args.streaming = (!need_grad_x || can_stream(walk, grad_x)) &&
-                   (!need_grad_residual || can_stream(walk, grad_residual));
+  args.streaming = (!need_grad_x || can_stream(grad_x, walk.width % 16 == 0)) &&
+                   (!need_grad_residual || can_stream(grad_residual, walk.width % 16 == 0));
   const BatchNormKernels& k = kernels();
   for_spans_backwards(walk, [&](BatchNormSpan span, bool is_tail) {
     BatchNormArgs part = args;
@@ -429,8 +379,7 @@ std::tuple<Tensor, Tensor> run_backward_apply(const Walk& walk, BackwardCall& ca
 
 Tensor statistic(const Tensor& x, const std::vector<double>& values) {
   Tensor t =
-      at::empty({static_cast<int64_t>(values.size())},
-                x.options().dtype(statistic_dtype(x)).memory_format(at::MemoryFormat::Contiguous));
+      at::empty({static_cast<int64_t>(values.size())}, x.options().dtype(statistic_dtype(x)));
   write_vector(t, values);
   return t;
 }
@@ -573,8 +522,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const auto parameter_grad = [&](const OptionalTensor& parameter, bool needed,
                                   const std::vector<double>& values) {
     const auto dtype = parameter ? parameter->scalar_type() : statistic_dtype(x);
-    Tensor grad = at::empty({needed ? walk.channels : 0},
-                            x.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous));
+    Tensor grad = at::empty({needed ? walk.channels : 0}, x.options().dtype(dtype));
     if (needed) write_vector(grad, values);
     return grad;
   };

@@ -455,10 +455,10 @@ inline double horizontal_sum(Pack<acc> v) {
 }
 
 // e^x: x = n ln 2 + r with |r| <= ln 2 / 2, and a degree-7 Taylor polynomial of e^r, whose
-// truncation is below 6e-9; the result saturates outside [-87, 88]. NaN stays NaN.
+// truncation is below 6e-9; 0 below -87 and infinite above 88. NaN stays NaN.
 inline Pack<float> exp(Pack<float> x) {
-  x = select(greater(x, 88.0f), broadcast(88.0f), x);
-  x = select(greater(broadcast(0.0f) - x, 87.0f), broadcast(-87.0f), x);
+  const Mask<float> overflow = greater(x, 88.0f);
+  const Mask<float> underflow = greater(broadcast(0.0f) - x, 87.0f);
   const Pack<float> magic = broadcast(0x1.8p23f);  // adding it rounds to an integer
   const Pack<float> shifted = fma(x, broadcast(1.44269504f), magic);
   const Pack<float> n = shifted - magic;
@@ -481,7 +481,8 @@ inline Pack<float> exp(Pack<float> x) {
     bits = (bits + 127) << 23;
     std::memcpy(&power.r[i], &bits, sizeof(bits));
   }
-  return p * power;
+  const Pack<float> finite = select(underflow, broadcast(0.0f), p * power);
+  return select(overflow, broadcast(INFINITY), finite);
 }
 
 // Phi(z), the normal distribution function: Abramowitz and Stegun 7.1.26 for erfc(|z| / sqrt 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,9 +51,7 @@ def check_arguments(
             if statistic is None:
                 raise RuntimeError(f"{name} must be defined in evaluation mode")
     if (running_mean is None) != (running_var is None):
-        raise ValueError(
-            "running_mean and running_var must either both be None or neither be None"
-        )
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
     _check_pair("weight", weight, "bias", bias, x)
     _check_pair("running_mean", running_mean, "running_var", running_var, x)
     for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
@@ -140,7 +139,7 @@ class BatchNormFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor,
         residual: Tensor | None,
         weight: Tensor | None,
@@ -178,7 +177,7 @@ class BatchNormFunction(torch.autograd.Function):
         ctx.call = (training, eps, activation, negative_slope)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_y is None:
             return (None,) * 11
         x, residual, weight, bias, mean, invstd, mask = ctx.saved_tensors
@@ -187,7 +186,7 @@ class BatchNormFunction(torch.autograd.Function):
         # Without an activation the residual's gradient is grad_y itself: no kernel writes a copy.
         unchanged = activation == "identity" and needed[1]
         needed[1] = needed[1] and not unchanged
-        backward = _native_backward
+        backward: Callable[..., Any] = _native_backward
         if torch.is_grad_enabled():  # create_graph=True: formulas that autograd can follow
             backward = reference.batch_norm_backward
             if training:
@@ -213,6 +212,14 @@ class BatchNormFunction(torch.autograd.Function):
         if unchanged:
             grad_residual = grad_y
         return (grad_x, grad_residual, grad_weight, grad_bias, *[None] * 7)
+
+
+def traced_to_aten() -> bool:
+    """Whether something records or transforms this call that knows PyTorch's own ops only:
+    torch.export, torch.jit.trace, torch.vmap and the other transforms of torch.func."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
 
 
 def batch_norm(
@@ -249,7 +256,7 @@ def batch_norm(
         activation,
         negative_slope,
     )
-    if _dispatch.choose("batch_norm", x) == "reference" or torch.compiler.is_exporting():
+    if _dispatch.choose("batch_norm", x) == "reference" or traced_to_aten():
         check_arguments(*args[:-1])
         return reference.batch_norm(*args)
     if torch.is_grad_enabled():
@@ -257,7 +264,68 @@ def batch_norm(
     return _native_forward(*args)[0]
 
 
-# Fake kernels: sizes, dtypes and strides of what the compiled ops return.
+# Fake kernels: sizes, dtypes and strides of what the compiled ops return. They check what the
+# compiled ops check: a call that mixes a meta tensor with others comes here.
+
+
+def _check_statistics(x: Tensor, **statistics: Tensor | None) -> None:
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for name, t in statistics.items():
+        if t is None:
+            continue
+        _check_pair(name, t, name, None, x)
+        if t.dtype != wanted:
+            raise RuntimeError(
+                f"{name} should have dtype {wanted} for an input of {x.dtype}, but got {t.dtype}"
+            )
+
+
+def _check_apply(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str,
+) -> None:
+    check_input("batch_norm", x)
+    check_activation(activation)
+    _check_pair("weight", weight, "bias", bias, x)
+    _check_statistics(x, mean=mean, invstd=invstd)
+    if residual is not None:
+        check_like("residual", residual, x)
+
+
+def _check_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str,
+) -> None:
+    _check_apply(x, residual, weight, bias, mean, invstd, activation)
+    check_like("grad_y", grad_y, x)
+    if mask is None or mask.numel() == 0:
+        return
+    if mask.device != x.device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but input is on {x.device} and "
+            f"mask is on {mask.device}"
+        )
+    size = mask_size(empty_output(x))
+    if activation not in MASKED_ACTIVATIONS:
+        raise RuntimeError("mask should be empty for an activation without one")
+    if mask.dtype != torch.uint8:
+        raise RuntimeError(f"mask should have dtype torch.uint8, but got {mask.dtype}")
+    if mask.dim() != 1 or mask.numel() != size:
+        raise RuntimeError(
+            f"mask should be a vector of {size} bytes, but got size {list(mask.shape)}"
+        )
 
 
 def _statistic_like(x: Tensor) -> Tensor:
@@ -289,6 +357,7 @@ def _fake_apply(
     activation: str,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor]:
+    _check_apply(x, residual, weight, bias, mean, invstd, activation)
     y = empty_output(x)
     return y, _mask_like(y, residual, activation)
 
@@ -313,12 +382,42 @@ def _fake_forward(
     return y, _statistic_like(x), _statistic_like(x), _mask_like(y, residual, activation)
 
 
-def _fake_backward_reduce(grad_y: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_backward_reduce(
+    grad_y: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor]:
+    _check_backward(grad_y, x, residual, mask, weight, bias, mean, invstd, activation)
     return _statistic_like(x), _statistic_like(x)
 
 
-def _fake_backward_apply(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    need_grad_x, need_grad_residual = rest[-2:]
+def _fake_backward_apply(
+    grad_y: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    mean_grad: Tensor | None,
+    mean_grad_xhat: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    need_grad_x: bool,
+    need_grad_residual: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_backward(grad_y, x, residual, mask, weight, bias, mean, invstd, activation)
+    if (mean_grad is None) != (mean_grad_xhat is None):
+        raise ValueError("mean_grad and mean_grad_xhat must either both be None or neither be None")
+    _check_statistics(x, mean_grad=mean_grad, mean_grad_xhat=mean_grad_xhat)
     return (
         empty_output(x) if need_grad_x else _empty(x, x.dtype),
         empty_output(x) if need_grad_residual else _empty(x, x.dtype),
@@ -339,6 +438,8 @@ def _fake_backward(
     negative_slope: float,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_backward(grad_y, x, residual, mask, weight, bias, mean, invstd, activation)
+
     def parameter_grad(parameter: Tensor | None, needed: bool) -> Tensor:
         dtype = mean.dtype if parameter is None else parameter.dtype
         return torch.empty(x.size(1) if needed else 0, dtype=dtype, device=x.device)
@@ -352,14 +453,15 @@ def _fake_backward(
 
 
 if _native.error is None:
-    for _phase, _fake in {
+    _fakes: dict[str, Callable[..., Any]] = {
         "statistics": _fake_statistics,
         "apply": _fake_apply,
         "forward": _fake_forward,
         "backward_reduce": _fake_backward_reduce,
         "backward_apply": _fake_backward_apply,
         "backward": _fake_backward,
-    }.items():
+    }
+    for _phase, _fake in _fakes.items():
         torch.library.register_fake(f"resops::batch_norm_{_phase}", _fake)
 
     # The overloads themselves: resolving them anew costs 2 us a call.

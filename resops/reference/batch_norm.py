@@ -195,9 +195,7 @@ def batch_norm_backward_reduce(
 
     g = grad_y * act'(z) is the gradient before the activation, xhat = (x - mean) * invstd.
     """
-    g = _grad_z(
-        grad_y, x, residual, mask, weight, bias, mean, invstd, activation, negative_slope
-    )
+    g = _grad_z(grad_y, x, residual, mask, weight, bias, mean, invstd, activation, negative_slope)
     xhat = (_wide(x) - _per_channel(mean, x)) * _per_channel(invstd, x)
     return g.sum(_batch_dims(x)), (g * xhat).sum(_batch_dims(x))
 
@@ -224,9 +222,7 @@ def batch_norm_backward_apply(
         mean_grad, mean_grad_xhat: the sums of :func:`batch_norm_backward_reduce` over M, (C,)
             each; None for frozen statistics, whose gradient has the first term only.
     """
-    g = _grad_z(
-        grad_y, x, residual, mask, weight, bias, mean, invstd, activation, negative_slope
-    )
+    g = _grad_z(grad_y, x, residual, mask, weight, bias, mean, invstd, activation, negative_slope)
     empty = torch.empty(0, dtype=x.dtype, device=x.device)
     grad_x = grad_residual = empty
     if need_grad_residual:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import resops
 from resops.models import create_model, list_models
+from resops.nn import BatchNormAct2d
 from tests.dispatch import counted_calls
 from tests.torchvision_ops import torchvision
 
@@ -35,7 +36,8 @@ def pair(name: str, **kwargs: Any) -> tuple[Any, Any]:
     ours = create_model(name, **kwargs)
     with torch.no_grad():
         for module in ours.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, BatchNormAct2d):
+                assert module.running_mean is not None and module.running_var is not None
                 module.running_mean.normal_(0, 0.3)
                 module.running_var.uniform_(0.5, 2)
                 module.weight.uniform_(0.5, 1.2)
@@ -181,7 +183,7 @@ def test_training_equals_torchvisions(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_parameter_gets_a_gradient(name: str, dtype: torch.dtype) -> None:
-    model = create_model(name, num_classes=10)
+    model: Any = create_model(name, num_classes=10)
     x = torch.randn(2, 3, 48, 48).contiguous(memory_format=CL)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         F.cross_entropy(model.to(memory_format=CL)(x), torch.tensor([1, 2])).backward()
@@ -296,7 +298,7 @@ def test_options_of_torchvision(name: str, kwargs: dict[str, Any]) -> None:
 
 
 def test_image_channels_and_classes() -> None:
-    model = create_model("resnet18", in_chans=1, num_classes=7)
+    model: Any = create_model("resnet18", in_chans=1, num_classes=7)
     assert model(torch.randn(2, 1, 33, 33)).shape == (2, 7)
     assert model.conv1.weight.shape == (64, 1, 7, 7)
     assert model.forward_features(torch.randn(2, 1, 64, 64)).shape == (2, 512, 2, 2)

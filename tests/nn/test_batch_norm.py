@@ -45,7 +45,7 @@ ACTIVATIONS: dict[str, tuple[Any, dict[str, Any] | None, nn.Module, bool]] = {
 }
 
 
-def filled(layer: nn.Module, seed: int = 1) -> nn.Module:
+def filled(layer: nn.Module, seed: int = 1) -> Any:
     """The layer in float64, with weights and statistics that are not their initial values."""
     layer.double()
     generator = torch.Generator().manual_seed(seed)
@@ -351,7 +351,7 @@ def test_is_a_norm_of_torch() -> None:
 
 
 def test_autocast_keeps_the_layer_in_float32() -> None:
-    layer = BatchNormAct2d(3)
+    layer: Any = BatchNormAct2d(3)
     x = torch.randn(4, 3, 5, 5).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x, x)

@@ -55,7 +55,7 @@ def case(
     with_conv_bias: bool = False,
     affine: bool = True,
     mean: float = 0.3,
-) -> tuple[list[Tensor | None], dict[str, Any]]:
+) -> tuple[list[Any], dict[str, Any]]:
     """Positional and keyword arguments of conv_bn_act in evaluation."""
     x_size, w_size, kwargs = GEOMETRIES[geometry]
     channels = w_size[0]
@@ -93,7 +93,7 @@ def composition(args: Sequence[Any], kwargs: dict[str, Any], training: bool = Fa
 
 
 def exact(args: Sequence[Any], kwargs: dict[str, Any]) -> Exact:
-    wide = [None if t is None else t.double() for t in args]
+    wide: list[Any] = [None if t is None else t.double() for t in args]
     x, weight, conv_bias, mean, var, gamma, beta = wide
     geometry = geometry_of(kwargs)
     residual = kwargs.get("residual")
@@ -162,7 +162,6 @@ def test_folded_activations(activation: str, dtype: torch.dtype, geometry: str) 
 def test_mean_of_many_standard_deviations(dtype: torch.dtype, mean: float) -> None:
     """The folded bias nearly cancels the convolution."""
     args, kwargs = case(dtype=dtype, with_conv_bias=True, mean=0.0)
-    assert args[2] is not None and args[3] is not None
     args[2] += mean
     args[3] += mean
     assert_exact(args, kwargs, conv_bn_act(*args, **kwargs))
@@ -180,7 +179,6 @@ def test_only_weight_or_only_bias() -> None:
 def test_zero_weight_leaves_the_bias() -> None:
     args, kwargs = case()
     gamma, beta = args[5], args[6]
-    assert gamma is not None and beta is not None
     gamma[::2] = 0
     y = conv_bn_act(*args, **kwargs)
     expected = F.relu(beta)[None, ::2, None, None].expand_as(y[:, ::2])
@@ -204,7 +202,6 @@ def test_the_bias_is_not_rounded_before_it_is_added() -> None:
 def test_any_strides(layout: str, dtype: torch.dtype) -> None:
     args, kwargs = case("batch 1", dtype, with_residual=True)
     x, residual = args[0], kwargs["residual"]
-    assert x is not None
 
     def strange(t: Tensor) -> Tensor:
         if layout == "transposed":
@@ -244,7 +241,6 @@ def test_nan_and_infinity_come_through(activation: str, with_residual: bool, bad
             args, kwargs = case("1x1", dtype, with_residual=with_residual)
             kwargs["activation"] = activation
             target = args[0] if where == "x" else kwargs["residual"]
-            assert target is not None
             target[0, 0, 0, 0] = bad
             y, expected = conv_bn_act(*args, **kwargs), composition(args, kwargs)
             assert torch.equal(y.isnan(), expected.isnan())
@@ -269,7 +265,6 @@ def test_infinity_made_by_finite_values() -> None:
 def test_folded_weights_that_are_not_finite_are_not_used() -> None:
     """A running variance of 0: times 316, past the largest float16."""
     args, kwargs = case(dtype=torch.float16)
-    assert args[1] is not None and args[4] is not None
     args[0], args[1] = args[0] * 1e-3, args[1] * 0 + 250
     args[4].zero_()
     y, expected = conv_bn_act(*args, **kwargs), composition(args, kwargs)
@@ -287,18 +282,18 @@ def test_gradients(geometry: str, training: bool) -> None:
     args, kwargs = case(geometry, torch.float64, with_residual=True, with_conv_bias=True)
     results = []
     for function in (conv_bn_act, composition):
-        own = [None if t is None else t.clone() for t in args]
+        own: list[Any] = [None if t is None else t.clone() for t in args]
         residual = kwargs["residual"].clone().requires_grad_()
         for i in (0, 1, 2, 5, 6):
-            own[i].requires_grad_()  # type: ignore[union-attr]
+            own[i].requires_grad_()
         call = {**kwargs, "residual": residual, "activation": "silu"}
         y = (
-            conv_bn_act(*own, training, **call)
+            conv_bn_act(*own, **{**call, "training": training})
             if function is conv_bn_act
             else composition(own, call, training)
         )
         y.square().sum().backward()
-        results.append([y, residual.grad, *[own[i].grad for i in (0, 1, 2, 5, 6)], *own[3:5]])  # type: ignore[union-attr]
+        results.append([y, residual.grad, *[own[i].grad for i in (0, 1, 2, 5, 6)], *own[3:5]])
     # A bias before a batch norm has gradient 0 in training: what is computed is rounding error.
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -308,7 +303,7 @@ def test_a_gradient_that_is_wanted_is_there() -> None:
     """Each argument alone, in evaluation."""
     args, kwargs = case(with_residual=True, with_conv_bias=True)
     for i in (0, 1, 2, 5, 6, None):
-        own = [t.detach().clone() for t in args]  # type: ignore[union-attr]
+        own = [t.detach().clone() for t in args]
         call = {**kwargs, "residual": kwargs["residual"].clone()}
         wanted = call["residual"] if i is None else own[i]
         wanted.requires_grad_()
@@ -335,7 +330,7 @@ def test_autocast() -> None:
             # In training the statistics are written to.
             twin = [None if t is None else t.clone() for t in args]
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                y = conv_bn_act(*args, training, **kwargs)
+                y = conv_bn_act(*args, **{**kwargs, "training": training})
                 expected = composition(twin, kwargs, training)
             assert y.dtype == expected.dtype
             # Two roundings to bfloat16 of values of some units.
@@ -459,7 +454,7 @@ def test_wrong_arguments(
 @torch.no_grad()
 def test_empty_batch() -> None:
     args, kwargs = case()
-    args[0] = args[0][:0]  # type: ignore[index]
+    args[0] = args[0][:0]
     assert conv_bn_act(*args, **kwargs).shape == (0, 24, 9, 8)
 
 
@@ -467,7 +462,6 @@ def test_empty_batch() -> None:
 def test_functional_transforms() -> None:
     args, _ = case()
     x = args[0]
-    assert x is not None
     gradient = torch.func.grad(lambda t: conv_bn_act(t, *args[1:]).sum())(x)
     own = x.clone().requires_grad_()
     with torch.enable_grad():
