@@ -62,7 +62,11 @@ void check_batch_norm_backward(const at::Tensor& grad_y, const at::Tensor& x,
                                const at::Tensor& invstd, Activation activation) {
   check_batch_norm_apply(x, residual, weight, bias, mean, invstd);
   check_like("grad_y", grad_y, x);
-  if (!mask || mask->numel() == 0) return;
+  if (!mask || mask->numel() == 0) {
+    TORCH_CHECK(!residual || !is_masked(activation) || x.numel() == 0,
+                "mask should be given for relu and leaky_relu with a residual: it has the signs");
+    return;
+  }
   check_device("mask", *mask, x);
   TORCH_CHECK(is_masked(activation), "mask should be empty for an activation without one");
   TORCH_CHECK(mask->scalar_type() == at::kByte, "mask should have dtype Byte, but got ",

@@ -237,6 +237,8 @@ def batch_norm(
     negative_slope: float = 0.01,
 ) -> Tensor:
     """See :func:`resops.functional.batch_norm_act`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"batch_norm_act(): argument 'input' must be Tensor, not {type(x)}")
     if activation is None:
         activation = "identity"
     if residual is not None and residual.dtype != x.dtype:
@@ -311,6 +313,10 @@ def _check_backward(
     _check_apply(x, residual, weight, bias, mean, invstd, activation)
     check_like("grad_y", grad_y, x)
     if mask is None or mask.numel() == 0:
+        if residual is not None and activation in MASKED_ACTIVATIONS and x.numel() > 0:
+            raise RuntimeError(
+                "mask should be given for relu and leaky_relu with a residual: it has the signs"
+            )
         return
     if mask.device != x.device:
         raise RuntimeError(

@@ -338,8 +338,9 @@ def test_backend_of_the_forward_pass_runs_the_backward() -> None:
     assert "aten::native_batch_norm" in calls
 
 
-def test_forward_mode_is_refused() -> None:
-    """F: forward-mode AD and jvp: a clear not-implemented, not a wrong tangent."""
+def test_forward_mode() -> None:
+    """F: forward-mode AD: a clear not-implemented, not a wrong tangent; torch.func.jvp, under which
+    PyTorch's own ops compute, is right."""
     import torch.autograd.forward_ad as forward_ad
 
     x, tangent = torch.randn(4, 5, 3, 3), torch.randn(4, 5, 3, 3)
@@ -352,8 +353,20 @@ def test_forward_mode_is_refused() -> None:
         dual = forward_ad.make_dual(x, tangent)
         with pytest.raises((NotImplementedError, RuntimeError), match=message):
             ours(dual)
-    with pytest.raises((NotImplementedError, RuntimeError), match=message):
-        torch.func.jvp(ours, (x,), (tangent,))
+
+    def stock(t: Tensor) -> Tensor:
+        return torch.relu(torch.nn.functional.batch_norm(t, None, None, training=True))
+
+    found, expected = (torch.func.jvp(f, (x,), (tangent,)) for f in (ours, stock))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)  # the same ops
+
+
+def test_vmap() -> None:
+    """F: torch.vmap over the op in evaluation, as stock layers allow it."""
+    x = torch.randn(3, 4, 5, 3, 3)
+    mean, var = torch.randn(5), torch.rand(5) + 0.5
+    mapped = torch.vmap(lambda t: batch_norm_act(t, mean, var))(x)
+    torch.testing.assert_close(mapped, torch.stack([batch_norm_act(t, mean, var) for t in x]))
 
 
 def test_func_grad() -> None:
