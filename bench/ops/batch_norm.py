@@ -145,7 +145,8 @@ def zero_gradient_at_undecided_signs(inputs: Inputs) -> None:
 
     The gradient has a step there: either side is right, and no tolerance can be given. Eager
     rounds the norm, the sum and the output to the dtype, so some four of its roundings are allowed
-    for; and float32 arithmetic inside.
+    for; and float32 arithmetic inside, whose sums over M values one after the other are wrong by
+    some sqrt(M) roundings.
     """
     if not inputs.relu:
         return
@@ -160,7 +161,8 @@ def zero_gradient_at_undecided_signs(inputs: Inputs) -> None:
     if inputs.residual is not None:
         z += inputs.residual
         terms += inputs.residual.abs()
-    unit = 2 * torch.finfo(inputs.x.dtype).eps + 2.0**-16
+    sums = max(2.0**-16, (inputs.x.numel() / inputs.x.size(1)) ** 0.5 * 2.0**-24)
+    unit = 2 * torch.finfo(inputs.x.dtype).eps + sums
     inputs.grad_y.masked_fill_(z.abs_() <= terms.mul_(unit), 0)
 
 
