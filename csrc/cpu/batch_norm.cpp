@@ -59,6 +59,8 @@ struct Walk {
   int64_t channels, spatial = 1, numel, count;  // count: M, values per channel
   int64_t width, rows, tail = 0;                // tail: elements of a shorter last row
   int64_t mask_step, mask_bytes;
+  // Whether every row of such a tensor starts a cache line.
+  bool whole_lines(const Tensor& t) const { return width * t.element_size() % 64 == 0; }
   int64_t parameters() const { return channels_last ? width : channels; }
 };
 
@@ -68,7 +70,7 @@ template <class F>
 void for_spans_backwards(const Walk& walk, F f) {
   const int64_t per_row = walk.channels_last ? 1 : ceil_div(walk.width, 4 * kPieceElements);
   const int64_t row_piece =
-      per_row == 1 ? walk.width : ceil_div(ceil_div(walk.width, per_row), 16) * 16;
+      per_row == 1 ? walk.width : ceil_div(ceil_div(walk.width, per_row), 32) * 32;
   const int64_t rows_per = std::max<int64_t>(kPieceElements / std::max<int64_t>(row_piece, 1), 1);
   const int64_t pieces = ceil_div(walk.rows, rows_per) * per_row;
   at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
@@ -280,7 +282,7 @@ std::tuple<Tensor, Tensor> run_apply(const Walk& walk, const Tensor& x,
     if (masked) args.mask_out = mask.mutable_data_ptr<uint8_t>();
   }
   args.y = y.mutable_data_ptr();
-  args.streaming = can_stream(y, walk.width % 16 == 0);
+  args.streaming = can_stream(y, walk.whole_lines(x));
   const BatchNormKernels& k = kernels();
   for_spans_backwards(walk, [&](BatchNormSpan span, bool is_tail) {
     BatchNormArgs part = args;
@@ -366,8 +368,8 @@ std::tuple<Tensor, Tensor> run_backward_apply(const Walk& walk, BackwardCall& ca
   }
   args.grad_x = need_grad_x ? grad_x.mutable_data_ptr() : nullptr;
   args.grad_residual = need_grad_residual ? grad_residual.mutable_data_ptr() : nullptr;
-  args.streaming = (!need_grad_x || can_stream(grad_x, walk.width % 16 == 0)) &&
-                   (!need_grad_residual || can_stream(grad_residual, walk.width % 16 == 0));
+  args.streaming = (!need_grad_x || can_stream(grad_x, walk.whole_lines(call.x))) &&
+                   (!need_grad_residual || can_stream(grad_residual, walk.whole_lines(call.x)));
   const BatchNormKernels& k = kernels();
   for_spans_backwards(walk, [&](BatchNormSpan span, bool is_tail) {
     BatchNormArgs part = args;

@@ -84,18 +84,24 @@ void apply_rows(const BatchNormArgs& a, BatchNormSpan span) {
     const T* residual = static_cast<const T*>(a.residual) + (kResidual ? row * a.width : 0);
     T* y = static_cast<T*>(a.y) + row * a.width;
     uint8_t* mask = a.mask_out + (kResidual && is_masked(kAct) ? row * a.mask_step : 0);
-    const auto at = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+    const auto value = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
       Pack<acc> z = pre_activation(load(x + c, count) - mean[c], scale[c], bias[c]);
       if constexpr (kResidual) {
         z = z + load(residual + c, count);
         if constexpr (is_masked(kAct)) store_mask_bits(mask + c / 8, to_bits(passes(z)), count);
       }
-      put<kStream>(y + c, activate<kAct>(z, slope), count);
+      return activate<kAct>(z, slope);
     };
     int64_t c = span.begin;
-    for (; c + kLanes <= span.end; c += kLanes) at(c, kLanes);
+    if constexpr (kStream && sizeof(T) == 2) {
+      for (; c + 2 * kLanes <= span.end; c += 2 * kLanes) {
+        const Pack<acc> first = value(c, kLanes), second = value(c + kLanes, kLanes);
+        stream_pair(y + c, first, second);
+      }
+    }
+    for (; c + kLanes <= span.end; c += kLanes) put<kStream>(y + c, value(c, kLanes), kLanes);
     if constexpr (!kStream) {
-      if (c < span.end) at(c, span.end - c);
+      if (c < span.end) store(y + c, value(c, span.end - c), span.end - c);
     }
   }
   if constexpr (kStream) stream_fence();
@@ -533,20 +539,28 @@ void backward_apply_rows(const BatchNormArgs& a, BatchNormSpan span) {
     grad_offset.start_row(row % a.channels);
     T* grad_x = static_cast<T*>(a.grad_x) + (a.grad_x ? row * a.width : 0);
     T* grad_residual = static_cast<T*>(a.grad_residual) + (a.grad_residual ? row * a.width : 0);
-    const auto at = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+    struct Grads {
+      Pack<acc> x, residual;
+    };
+    const auto value = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
       const Pack<acc> centred = load(row_of.x + c, count) - row_of.mean[c];
       const Pack<acc> g = row_of.grad(centred, c, count);
-      if (grad_residual) put<kStream>(grad_residual + c, g, count);
-      if (grad_x) {
-        Pack<acc> out = g * row_of.scale[c];
-        if (!frozen) out = out + fma(centred, grad_slope[c], grad_offset[c]);
-        put<kStream>(grad_x + c, out, count);
-      }
+      Pack<acc> out = g * row_of.scale[c];
+      if (!frozen) out = out + fma(centred, grad_slope[c], grad_offset[c]);
+      return Grads{out, g};
     };
     int64_t c = span.begin;
-    for (; c + kLanes <= span.end; c += kLanes) at(c, kLanes);
-    if constexpr (!kStream) {
-      if (c < span.end) at(c, span.end - c);
+    if constexpr (kStream && sizeof(T) == 2) {
+      for (; c + 2 * kLanes <= span.end; c += 2 * kLanes) {
+        const Grads first = value(c, kLanes), second = value(c + kLanes, kLanes);
+        if (grad_residual) stream_pair(grad_residual + c, first.residual, second.residual);
+        if (grad_x) stream_pair(grad_x + c, first.x, second.x);
+      }
+    }
+    for (; c < span.end; c += kLanes) {
+      const Grads grads = value(c, span.end - c);
+      if (grad_residual) put<kStream>(grad_residual + c, grads.residual, span.end - c);
+      if (grad_x) put<kStream>(grad_x + c, grads.x, span.end - c);
     }
   }
   if constexpr (kStream) stream_fence();

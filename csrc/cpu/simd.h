@@ -402,6 +402,19 @@ inline void stream(T* p, Pack<acc_t<T>> v) {
   store(p, v);
 #endif
 }
+// Two packs of 16-bit values, one whole cache line: half a line at a time, the processor may write
+// each half to memory on its own. `p` is a multiple of 64 bytes.
+template <class Half>
+inline void stream_pair(Half* p, Pack<float> a, Pack<float> b) {
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_castsi256_si512(to_half_bits(Half{}, a));
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p),
+                      _mm512_inserti64x4(low, to_half_bits(Half{}, b), 1));
+#else
+  stream(p, a);
+  stream(p + kLanes, b);
+#endif
+}
 inline void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
