@@ -2,7 +2,7 @@
 
 ``original`` is text that occurs exactly once in the file, an expression; ``mutated`` is what stands
 there instead while the bug is active. ``statement`` marks a C++ statement. A bug in several places
-is a tuple of edits. The first seven are those of TESTING.md; then come those that other
+is a tuple of edits. The first seven are the classical ones; then come those that other
 kernels had in the wild, and that other suites did not see.
 """
 
@@ -47,7 +47,7 @@ def bug(name: str, edits: Edit | tuple[Edit, ...], *tests: str) -> Mutant:
 
 
 MUTANTS = [
-    # ---- the seven of TESTING.md ----------------------------------------------------------------
+    # ---- the classical seven ---------------------------------------------------------------------
     bug(
         "one-pass variance",
         (
@@ -218,8 +218,8 @@ MUTANTS = [
         "tail element of a row skipped by apply",
         Edit(
             KERNELS,
-            "put<kStream>(y + c, activate<kAct>(z, slope), count)",
-            "put<kStream>(y + c, activate<kAct>(z, slope), count < kLanes ? count - 1 : count)",
+            "store(y + c, value(c, span.end - c), span.end - c)",
+            "store(y + c, value(c, span.end - c), span.end - c - 1)",
         ),
         f"{SHAPES}::test_cache_blocking_shapes",
         f"{NUMERICS}::test_rule_R",
@@ -327,8 +327,8 @@ MUTANTS = [
         "residual's gradient without the mask",
         Edit(
             KERNELS,
-            "put<kStream>(grad_residual + c, g, count)",
-            "put<kStream>(grad_residual + c, load(row_of.grad_y + c, count), count)",
+            "put<kStream>(grad_residual + c, grads.residual, span.end - c)",
+            "put<kStream>(grad_residual + c, load(row_of.grad_y + c, span.end - c), span.end - c)",
         ),
         f"{NUMERICS}::test_residual_flips_the_sign",
     ),

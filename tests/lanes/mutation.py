@@ -179,17 +179,32 @@ def start(run: Run) -> None:
     if run.pid == 0:
         status = 70
         try:
-            signal.alarm(TIMEOUT)
             status = run_tests(run.number, run.mutant.tests, run.log, stop_early=run.number > 0)
         finally:
             os._exit(status)
+
+
+def wait_for_one(running: dict[int, Run]) -> tuple[Run, int]:
+    """The next run to end, taken out of ``running``, and its wait status.
+
+    One that takes too long is killed from here: a loop without end in a kernel lets no handler run.
+    """
+    while True:
+        for pid, run in running.items():
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                del running[pid]
+                return run, status
+            if time.monotonic() - run.start > TIMEOUT:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 def verdict(status: int) -> str:
     """What became of a bug, from the wait status of its process."""
     if os.WIFSIGNALED(status):
         killer = os.WTERMSIG(status)
-        return "caught (hang)" if killer == signal.SIGALRM else f"caught (signal {killer})"
+        return "caught (hang)" if killer == signal.SIGKILL else f"caught (signal {killer})"
     code = os.WEXITSTATUS(status)
     return {0: "SURVIVED", 1: "caught"}.get(code, f"BROKEN RUN (pytest status {code})")
 
@@ -216,7 +231,7 @@ def run_all(mutants: Sequence[Mutant], numbers: Sequence[int]) -> int:
 
     clean = Run(Mutant("no bug", (), tests), 0, logs / "clean.log", 0.0)
     start(clean)
-    _, status = os.waitpid(clean.pid, 0)
+    _, status = wait_for_one({clean.pid: clean})
     if verdict(status) != "SURVIVED":
         print(clean.log.read_text()[-4000:])
         print("the named tests must pass without a bug")
@@ -231,8 +246,7 @@ def run_all(mutants: Sequence[Mutant], numbers: Sequence[int]) -> int:
             run = waiting.pop(0)
             start(run)
             running[run.pid] = run
-        pid, status = os.wait()
-        run = running.pop(pid)
+        run, status = wait_for_one(running)
         outcome = verdict(status)
         text = run.log.read_text() if run.log.is_file() else ""
         failed = next((line for line in text.splitlines() if line.startswith("FAILED")), "")

@@ -1,4 +1,4 @@
-"""Battery D: autograd. Each test names its row of TESTING.md."""
+"""Battery D: autograd. Each test names the case that it stands for."""
 
 from __future__ import annotations
 

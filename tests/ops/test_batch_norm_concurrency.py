@@ -1,4 +1,4 @@
-"""Battery G: determinism and threads. Each test names its row of TESTING.md."""
+"""Battery G: determinism and threads. Each test names the case that it stands for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Battery C: memory layouts and aliasing. Each test names its row of TESTING.md.
+"""Battery C: memory layouts and aliasing. Each test names the case that it stands for.
 
 torch's own batch norm gets dense copies: with a permuted gradient of shape (1, 2, 1, 2) its CPU
 backward (2.13) is wrong. Only ours gets the strange strides.

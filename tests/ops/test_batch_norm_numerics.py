@@ -1,4 +1,4 @@
-"""Battery B: numerics, on every instruction set. Each test names its row of TESTING.md."""
+"""Battery B: numerics, on every instruction set. Each test names the case that it stands for."""
 
 from __future__ import annotations
 

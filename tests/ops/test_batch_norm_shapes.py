@@ -1,4 +1,4 @@
-"""Battery A: shapes and degenerate sizes. Each test names the row of TESTING.md it stands for."""
+"""Battery A: shapes and degenerate sizes. Each test names the case that it stands for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Battery E: running statistics and module state. Each test names its row of TESTING.md."""
+"""Battery E: running statistics and module state. Each test names the case that it stands for."""
 
 from __future__ import annotations
 
