@@ -65,8 +65,6 @@ def environment(kind: str) -> dict[str, str]:
     return {
         **os.environ,
         "LD_PRELOAD": f"{library(RUNTIME[kind])} {library('libstdc++.so.6')}",
-        # Python's own allocator would hide its blocks from the sanitizer.
-        "PYTHONMALLOC": "malloc",
         "RESOPS_TEST_MARGIN": "0",
         **OPTIONS[kind],
     }

@@ -1,6 +1,6 @@
 """Wrong calls of batch_norm, and what each must raise. Run by tests/subprocess_calls.py.
 
-Most of them crash torch's own raw ops, or read out of bounds there in silence (TESTING battery I).
+Most of them crash torch's own raw ops, or read out of bounds there in silence.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     grad_x = weight * invstd * (g - mean(g) - xhat * mean(g * xhat))     (training; else w*invstd*g)
     grad_weight = sum(g * xhat)    grad_bias = sum(g)    grad_residual = g
 
-The sums of the absolute values of the terms, A_q (TESTING rule R), written |.| of each summand:
+The sums of the absolute values of the terms, A_q (rule R, accuracy.py), |.| of each summand:
 
     A_y = |xhat * w| + |b| + |r|       A_mean = mean|x|         A_invstd = invstd
     A_grad_x = |w| invstd (A_g + mean(A_g) + |xhat| mean(A_g |xhat|))
