@@ -259,7 +259,8 @@ def batch_norm(
         negative_slope,
     )
     if _dispatch.choose("batch_norm", x) == "reference" or traced_to_aten():
-        if not torch.jit.is_tracing():  # which records every look at a size; F.batch_norm checks
+        # torch.jit.trace would record every look at a size; F.batch_norm checks there.
+        if not torch.jit.is_tracing():  # type: ignore[attr-defined]
             check_arguments(*args[:-1])
         return reference.batch_norm(*args)
     if torch.is_grad_enabled():
