@@ -7,7 +7,8 @@ Environment variables, all optional:
                      (FORCE_CUDA=1 is RESOPS_CUDA=1).
     TORCH_CUDA_ARCH_LIST  architectures such as "8.0 9.0+PTX"; else those of the GPUs present, else
                      a short list.
-    RESOPS_SANITIZE  address, undefined or thread: a sanitized module, in a build folder of its own.
+    RESOPS_SANITIZE  address, undefined, address,undefined or thread: a sanitized module, in a build
+                     folder of its own.
     CXX, CMAKE_ARGS, MAX_JOBS, CUDA_HOME, CUDA_PATH  as usual.
 """
 

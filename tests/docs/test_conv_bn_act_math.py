@@ -191,3 +191,18 @@ def test_convolution_bias_before_a_batch_norm() -> None:
     (mu, var), (mu0, var0) = running(modules[0]), running(modules[1])
     assert_close(mu0 + o.k.detach(), mu)
     assert_close(var0, var)
+
+
+@checks("F10")
+def test_bound_on_every_partial_sum() -> None:
+    o = Convolution()
+    scale = o.w * o.s
+    W, k = o.W * column(scale), o.b + (o.k - o.mu) * scale
+    r = random(*o.conv(o.x, W).shape, seed=118)
+    bound = o.x.abs().max() * W.abs().sum((1, 2, 3)) + k.abs() + r.abs().max()
+    largest = (o.conv(o.x.abs(), W.abs(), k.abs()) + r.abs()).amax((0, 2, 3))
+    assert (largest <= bound).all()
+    # It is reached: an input of one size, everywhere with the sign of the weight it meets.
+    x = o.x.abs().max() * W[:1].sign()
+    alone = F.conv2d(x, W[:1]).squeeze() + k[0].abs() + r.abs().max()
+    assert_close(alone, bound[0])

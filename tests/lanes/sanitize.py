@@ -1,11 +1,11 @@
-"""The sanitizer lanes: the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""The sanitizer lane: the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    python tests/lanes/sanitize.py [address] [undefined]
+    python tests/lanes/sanitize.py [address] [undefined]    # default: both in one build
 
 A copy of the source tree in build/sanitize is built with RESOPS_SANITIZE and tested with the stock
 torch wheel: the sanitizer's runtime library comes first through LD_PRELOAD, and libstdc++ with it,
 whose symbols the runtime wants at its start. Leaks are not looked for (Python and torch keep memory
-to the end on purpose). Before the tests each lane proves that it sees anything at all: a small
+to the end on purpose). Before the tests the lane proves that it sees anything at all: a small
 library with planted errors is called the same way, on memory of a torch tensor.
 """
 
@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # started as a file: find the package `tests`
@@ -58,14 +59,13 @@ def library(name: str) -> str:
     return os.path.realpath(path)
 
 
-def environment(kind: str) -> dict[str, str]:
+def environment(kinds: Sequence[str]) -> dict[str, str]:
     """What a Python process needs to load a sanitized module."""
-    return {
-        **os.environ,
-        "LD_PRELOAD": f"{library(RUNTIME[kind])} {library('libstdc++.so.6')}",
-        "RESOPS_TEST_MARGIN": "0",
-        **OPTIONS[kind],
-    }
+    preloaded = [*(RUNTIME[kind] for kind in kinds), "libstdc++.so.6"]
+    settings = {"LD_PRELOAD": " ".join(map(library, preloaded)), "RESOPS_TEST_MARGIN": "0"}
+    for kind in kinds:
+        settings |= OPTIONS[kind]
+    return os.environ | settings
 
 
 SELF_CHECK = """
@@ -105,7 +105,7 @@ def self_check(kind: str, folder: Path) -> None:
 
     def run(what: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", SELF_CHECK, str(product), what]
-        return subprocess.run(command, env=environment(kind), capture_output=True, text=True)
+        return subprocess.run(command, env=environment([kind]), capture_output=True, text=True)
 
     clean = run("nothing")
     if clean.returncode != 0 or "went on" not in clean.stdout:
@@ -126,26 +126,29 @@ print("instruction sets:", *_C.cpu_capabilities())
 """
 
 
-def run_lane(kind: str) -> int:
+def run_lane(kinds: Sequence[str]) -> int:
     """Build and test; pytest's exit status."""
     begin = time.monotonic()
+    name = ",".join(kinds)
     folder = source_copy.ROOT / "build" / "sanitize"
-    tree = folder / kind
-    self_check(kind, folder)
+    tree = folder / name.replace(",", "-")
+    for kind in kinds:
+        self_check(kind, folder)
     source_copy.renew(tree, {})
-    source_copy.build(tree, RESOPS_SANITIZE=kind)
-    print(f"{kind}: built ({time.monotonic() - begin:.0f} s)", flush=True)
-    settings = {**environment(kind), "PYTHONPATH": str(tree)}
-    check = [sys.executable, "-c", CHECK_MODULE, str(tree), kind]
+    source_copy.build(tree, RESOPS_SANITIZE=name)
+    print(f"{name}: built ({time.monotonic() - begin:.0f} s)", flush=True)
+    settings = {**environment(kinds), "PYTHONPATH": str(tree)}
+    check = [sys.executable, "-c", CHECK_MODULE, str(tree), name]
     subprocess.run(check, cwd=tree, env=settings, check=True)
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail=10", "-p", "no:cacheprovider"]
     command += ["-m", "not slow", "-k", f"not ({DESELECTED})", *test_files()]
     # A thread ends the process after the timeout: a loop without end in a kernel runs no handler.
     command += ["-o", "timeout=180", "-o", "timeout_method=thread"]
     # faulthandler writes its own report on top of the sanitizer's.
-    command += ["-p", "no:faulthandler", "--durations=5"]
+    command += ["-p", "no:faulthandler", "--durations=15"]
     done = subprocess.run(command, cwd=tree, env=settings)
-    print(f"{kind}: {time.monotonic() - begin:.0f} s", flush=True)
+    verdict = "passed" if done.returncode == 0 else "failed"
+    print(f"sanitizer lane ({name}): {verdict}, {time.monotonic() - begin:.0f} s", flush=True)
     return done.returncode
 
 
@@ -155,10 +158,10 @@ def main() -> int:
     kinds = parser.parse_args().kinds or list(KINDS)
     unknown = set(kinds) - set(KINDS)
     if unknown:
-        parser.error(f"there is no lane {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
-    failed = [kind for kind in kinds if run_lane(kind) != 0]
-    print(f"sanitizer lanes: {', '.join(kinds)}; failed: {', '.join(failed) or 'none'}")
-    return int(bool(failed))
+        parser.error(
+            f"there is no sanitizer {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}"
+        )
+    return run_lane([kind for kind in KINDS if kind in kinds])
 
 
 if __name__ == "__main__":
