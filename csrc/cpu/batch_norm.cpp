@@ -242,8 +242,8 @@ Statistics compute_statistics(const Walk& walk, const Tensor& x) {
   }
   for (int64_t c = 0; c < walk.channels; ++c) {
     // The columns of one channel: one in contiguous, width / C in channels-last.
-    double n = 0, merged_mean = 0, merged_m2 = 0;
-    for (int64_t column = c; column < columns; column += walk.channels) {
+    double n = count + (c < walk.tail ? 1 : 0), merged_mean = mean[c], merged_m2 = m2[c];
+    for (int64_t column = c + walk.channels; column < columns; column += walk.channels) {
       const double b = count + (column < walk.tail ? 1 : 0);
       if (b == 0) continue;
       const double delta = mean[column] - merged_mean;

@@ -132,14 +132,35 @@ inline bool is_far(acc offset, acc count, acc m2) {
   return offset * offset * count > 4 * m2;
 }
 
-template <class T>
-inline acc_t<T> first_shift(const T* x, int64_t count, int64_t step) {
-  using acc = acc_t<T>;
-  const auto value = [&](int64_t i) { return to_acc(x[(count - 1) * i / 3 * step]); };
-  const acc a = value(0), b = value(1), c = value(2), d = value(3);
+template <class acc>
+inline acc middle(acc a, acc b, acc c, acc d) {
   const acc low = std::max(std::min(a, b), std::min(c, d));
   const acc high = std::min(std::max(a, b), std::max(c, d));
   return low / 2 + high / 2;
+}
+
+// Which of `count` values is the i-th of the four.
+inline int64_t pilot_index(int64_t count, int64_t i) { return (count - 1) * i / 3; }
+
+template <class T>
+inline acc_t<T> first_shift(const T* x, int64_t count) {
+  const auto value = [&](int64_t i) { return to_acc(x[pilot_index(count, i)]); };
+  return middle(value(0), value(1), value(2), value(3));
+}
+
+// The same for every column of `rows` rows.
+template <class T>
+void first_shifts(const T* x, int64_t rows, int64_t width, acc_t<T>* shift) {
+  using acc = acc_t<T>;
+  for (int64_t c = 0; c < width; c += kLanes) {
+    acc values[4][kLanes];
+    for (int64_t i = 0; i < 4; ++i) {
+      store(values[i], load(x + pilot_index(rows, i) * width + c));
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      shift[c + lane] = middle(values[0][lane], values[1][lane], values[2][lane], values[3][lane]);
+    }
+  }
 }
 
 // Running (count, mean, M2) in double of `width` columns, fed with blocks of shifted sums.
@@ -245,9 +266,7 @@ void statistics_channels_last(const BatchNormArgs& a, BatchNormSpan span, double
   }
   ShiftedSums<acc_t<T>> sums(width);
   const int64_t first_rows = std::min(rows, kBlockRows);
-  for (int64_t c = 0; c < width; ++c) {
-    sums.shift[c] = first_shift(x + span.row_begin * width + c, first_rows, width);
-  }
+  first_shifts(x + span.row_begin * width, first_rows, width, sums.shift.data());
   for (int64_t begin = span.row_begin; begin < span.row_end; begin += kBlockRows) {
     const int64_t end = std::min(begin + kBlockRows, span.row_end);
     sum_block(x, width, begin, end, sums);
@@ -280,7 +299,7 @@ inline void for_blocks(int64_t begin, int64_t end, int64_t& pending, F f, Flush 
 template <class T>
 acc_t<T> pilot_shift(const T* x, int64_t count) {
   using acc = acc_t<T>;
-  const acc shift = first_shift(x, count, 1);
+  const acc shift = first_shift(x, count);
   Pack<acc> sum = broadcast(acc(0)), square = sum;
   for (int64_t c = 0; c < count; c += kLanes) {
     const Pack<acc> d = keep(load(x + c, count - c) - broadcast(shift), count - c);

@@ -53,7 +53,11 @@ namespace detail {
 template <class F>
 void visit_values(at::ScalarType dtype, int64_t count, int64_t stride, void* data, F f) {
   const auto visit = [&](auto* values) {
-    for (int64_t i = 0; i < count; ++i) f(values[i * stride], i);
+    if (stride == 1) {
+      for (int64_t i = 0; i < count; ++i) f(values[i], i);
+    } else {
+      for (int64_t i = 0; i < count; ++i) f(values[i * stride], i);
+    }
   };
   switch (dtype) {
     case at::kDouble:

@@ -55,8 +55,8 @@ MUTANTS = [
         (
             Edit(
                 KERNELS,
-                "first_shift(x + span.row_begin * width + c, first_rows, width)",
-                "acc_t<T>(0)",
+                "middle(values[0][lane], values[1][lane], values[2][lane], values[3][lane])",
+                "acc(0)",
             ),
             Edit(KERNELS, "sums.recentre(end - begin)", "false"),
             Edit(KERNELS, "is_far(away, total, merged_m2)", "false"),
