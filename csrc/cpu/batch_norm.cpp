@@ -67,11 +67,12 @@ struct Walk {
 // Runs f on every part of the tensor, last part first: what the pass before it read last is still
 // in the caches.
 template <class F>
-void for_spans_backwards(const Walk& walk, F f) {
+void for_spans_backwards(const Walk& walk, bool streaming, F f) {
+  const int64_t elements = streaming ? 8 * kPieceElements : kPieceElements;
   const int64_t per_row = walk.channels_last ? 1 : ceil_div(walk.width, 4 * kPieceElements);
   const int64_t row_piece =
       per_row == 1 ? walk.width : ceil_div(ceil_div(walk.width, per_row), 32) * 32;
-  const int64_t rows_per = std::max<int64_t>(kPieceElements / std::max<int64_t>(row_piece, 1), 1);
+  const int64_t rows_per = std::max<int64_t>(elements / std::max<int64_t>(row_piece, 1), 1);
   const int64_t pieces = ceil_div(walk.rows, rows_per) * per_row;
   at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t piece = end - 1; piece >= begin; --piece) {
@@ -284,7 +285,7 @@ std::tuple<Tensor, Tensor> run_apply(const Walk& walk, const Tensor& x,
   args.y = y.mutable_data_ptr();
   args.streaming = can_stream(y, walk.whole_lines(x));
   const BatchNormKernels& k = kernels();
-  for_spans_backwards(walk, [&](BatchNormSpan span, bool is_tail) {
+  for_spans_backwards(walk, args.streaming, [&](BatchNormSpan span, bool is_tail) {
     BatchNormArgs part = args;
     part.streaming = args.streaming && !is_tail;
     k.apply(part, span);
@@ -371,7 +372,7 @@ std::tuple<Tensor, Tensor> run_backward_apply(const Walk& walk, BackwardCall& ca
   args.streaming = (!need_grad_x || can_stream(grad_x, walk.whole_lines(call.x))) &&
                    (!need_grad_residual || can_stream(grad_residual, walk.whole_lines(call.x)));
   const BatchNormKernels& k = kernels();
-  for_spans_backwards(walk, [&](BatchNormSpan span, bool is_tail) {
+  for_spans_backwards(walk, args.streaming, [&](BatchNormSpan span, bool is_tail) {
     BatchNormArgs part = args;
     part.streaming = args.streaming && !is_tail;
     k.backward_apply(part, span);

@@ -2,9 +2,10 @@
 //
 // Every pass is bound by memory, so each reads its tensors once, from front to back within a piece,
 // and keeps everything per channel in the first-level cache. Sums run in the accumulation type over
-// blocks of 128 rows and are then merged in double: the statistics as (count, mean, M2) of values
-// shifted by a per-channel constant near their mean, so that a mean of 1e4 standard deviations
-// costs nothing (Chan, Golub and LeVeque, 1983). docs/math/batch_norm.md has the formulas.
+// blocks of 128 or 256 rows and are then merged in double: the statistics as (count, mean, M2) of
+// values shifted by a per-channel constant near their mean, so that a mean of 1e4 standard
+// deviations costs nothing (Chan, Golub and LeVeque, 1983). docs/math/batch_norm.md has the
+// formulas.
 
 #include "batch_norm_kernels.h"
 
@@ -18,8 +19,13 @@
 namespace resops::RESOPS_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 128;        // additions in the accumulation type before a merge
-constexpr int64_t kPrefetchBytes = 16384;  // how far ahead of the reductions memory is asked for
+constexpr int64_t kBlockVectors = 128;     // additions in the accumulation type before a merge
+constexpr int64_t kPrefetchBytes = 16384;  // how far ahead of a pass memory is asked for,
+constexpr int64_t kOwnBytes = 4096;        // and how far ahead cache lines that it will write
+
+// In channels-last, in rows: a merge takes as long for rows of fewer bytes.
+template <class T>
+constexpr int64_t kBlockRows = sizeof(T) == 2 ? 256 : 128;
 
 // Asks for `bytes` of memory around `p` to come to the second-level cache. The reductions walk
 // several rows at once, which the hardware's own prefetcher loses at 256 channels and more.
@@ -27,6 +33,18 @@ template <class T>
 inline void prefetch(const T* p, int64_t bytes) {
   const char* line = reinterpret_cast<const char*>(p);
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at, 0, 2);
+}
+
+// The same for the cache line at one vector of an elementwise pass.
+template <class T>
+inline void prefetch_line(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, 0, 2);
+}
+// For a line that is to be written: a store to a line that is not there waits for it. (Past the end
+// of a tensor this asks for memory of somebody else, which does no harm.)
+template <class T>
+inline void prefetch_written(T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kOwnBytes, 1, 3);
 }
 
 // The parameters of one row: vectors along it in channels-last, one value in contiguous.
@@ -66,6 +84,17 @@ inline void put(T* p, Pack<acc_t<T>> v, int64_t count) {
   }
 }
 
+// Two vectors of 16-bit values: one cache line.
+template <bool kStream, class T>
+inline void put_pair(T* p, Pack<float> a, Pack<float> b) {
+  if constexpr (kStream) {
+    stream_pair(p, a, b);
+  } else {
+    store(p, a);
+    store(p + kLanes, b);
+  }
+}
+
 // ---- forward
 // --------------------------------------------------------------------------------------
 
@@ -92,14 +121,23 @@ void apply_rows(const BatchNormArgs& a, BatchNormSpan span) {
       }
       return activate<kAct>(z, slope);
     };
+    const auto prefetch_at = [&](int64_t c) __attribute__((always_inline)) {
+      prefetch_line(x + c);
+      if constexpr (kResidual) prefetch_line(residual + c);
+      if constexpr (!kStream) prefetch_written(y + c);
+    };
     int64_t c = span.begin;
-    if constexpr (kStream && sizeof(T) == 2) {
+    if constexpr (sizeof(T) == 2) {
       for (; c + 2 * kLanes <= span.end; c += 2 * kLanes) {
+        prefetch_at(c);
         const Pack<acc> first = value(c, kLanes), second = value(c + kLanes, kLanes);
-        stream_pair(y + c, first, second);
+        put_pair<kStream>(y + c, first, second);
       }
     }
-    for (; c + kLanes <= span.end; c += kLanes) put<kStream>(y + c, value(c, kLanes), kLanes);
+    for (; c + kLanes <= span.end; c += kLanes) {
+      prefetch_at(c);
+      put<kStream>(y + c, value(c, kLanes), kLanes);
+    }
     if constexpr (!kStream) {
       if (c < span.end) store(y + c, value(c, span.end - c), span.end - c);
     }
@@ -265,10 +303,10 @@ void statistics_channels_last(const BatchNormArgs& a, BatchNormSpan span, double
     return;
   }
   ShiftedSums<acc_t<T>> sums(width);
-  const int64_t first_rows = std::min(rows, kBlockRows);
+  const int64_t first_rows = std::min(rows, kBlockRows<T>);
   first_shifts(x + span.row_begin * width, first_rows, width, sums.shift.data());
-  for (int64_t begin = span.row_begin; begin < span.row_end; begin += kBlockRows) {
-    const int64_t end = std::min(begin + kBlockRows, span.row_end);
+  for (int64_t begin = span.row_begin; begin < span.row_end; begin += kBlockRows<T>) {
+    const int64_t end = std::min(begin + kBlockRows<T>, span.row_end);
     sum_block(x, width, begin, end, sums);
     if (begin == span.row_begin && sums.recentre(end - begin)) {
       sum_block(x, width, begin, end, sums);
@@ -277,21 +315,21 @@ void statistics_channels_last(const BatchNormArgs& a, BatchNormSpan span, double
   }
 }
 
-// Calls f(c, count) for the vectors of [begin, end), in blocks of kBlockRows vectors after each of
-// which flush(elements) is called.
+// Calls f(c, count) for the vectors of [begin, end), in blocks of kBlockVectors vectors after each
+// of which flush(elements) is called.
 template <class F, class Flush>
 inline void for_blocks(int64_t begin, int64_t end, int64_t& pending, F f, Flush flush) {
   int64_t c = begin;
   while (c < end) {
     const int64_t stop =
-        std::min(end, c + (kBlockRows * kLanes - pending + kLanes - 1) / kLanes * kLanes);
+        std::min(end, c + (kBlockVectors * kLanes - pending + kLanes - 1) / kLanes * kLanes);
     pending += stop - c;
     for (; c + kLanes <= stop; c += kLanes) f(c, kLanes);
     if (c < stop) {
       f(c, stop - c);
       c = stop;
     }
-    if (pending >= kBlockRows * kLanes) flush();
+    if (pending >= kBlockVectors * kLanes) flush();
   }
 }
 
@@ -327,7 +365,7 @@ void statistics_contiguous(const BatchNormArgs& a, BatchNormSpan span, int64_t c
     return x + (n * a.channels + channel_begin + i) * a.width;
   };
   std::vector<Sums> all(channels);
-  const int64_t pilot = std::min(span.end - span.begin, kBlockRows * kLanes);
+  const int64_t pilot = std::min(span.end - span.begin, kBlockVectors * kLanes);
   for (int64_t i = 0; i < channels; ++i) {
     const acc shift = pilot_shift(plane(span.row_begin, i) + span.begin, pilot);
     all[i] = {broadcast(acc(0)), broadcast(acc(0)), shift, 0, 0};
@@ -455,8 +493,8 @@ void reduce_channels_last(const BatchNormArgs& a, BatchNormSpan span, double* su
   GradRow<T, kAct, kResidual> row_of(a);
   constexpr int kRows = 4;
   const int64_t ahead = std::max<int64_t>(kPrefetchBytes / (width * sizeof(T)), kRows) * width;
-  for (int64_t begin = span.row_begin; begin < span.row_end; begin += kBlockRows) {
-    const int64_t end = std::min(begin + kBlockRows, span.row_end);
+  for (int64_t begin = span.row_begin; begin < span.row_end; begin += kBlockRows<T>) {
+    const int64_t end = std::min(begin + kBlockRows<T>, span.row_end);
     int64_t row = begin;
     for (; row + kRows <= end && span.end == width; row += kRows) {
       row_of.start_row(row);
@@ -479,13 +517,15 @@ void reduce_channels_last(const BatchNormArgs& a, BatchNormSpan span, double* su
     }
     for (; row < end; ++row) {
       row_of.start_row(row);
-      for (int64_t c = span.begin; c < span.end; c += kLanes) {
-        const int64_t count = span.end - c;
+      const auto at = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
         const Pack<acc> centred = load(row_of.x + c, count) - row_of.mean[c];
         const Pack<acc> g = row_of.grad(centred, c, count);
         store(sum + c, load(sum + c) + g);
         store(product + c, fma(g, centred, load(product + c)));
-      }
+      };
+      int64_t c = span.begin;
+      for (; c + kLanes <= span.end; c += kLanes) at(c, kLanes);
+      if (c < span.end) at(c, span.end - c);
     }
     for (int64_t c = 0; c < width; ++c) {
       sum_grad[c] += static_cast<double>(sum[c]);
@@ -568,18 +608,34 @@ void backward_apply_rows(const BatchNormArgs& a, BatchNormSpan span) {
       if (!frozen) out = out + fma(centred, grad_slope[c], grad_offset[c]);
       return Grads{out, g};
     };
+    const auto prefetch_at = [&](int64_t c) __attribute__((always_inline)) {
+      prefetch_line(row_of.x + c);
+      prefetch_line(row_of.grad_y + c);
+      if constexpr (!kStream) {
+        if (grad_x) prefetch_written(grad_x + c);
+        if (grad_residual) prefetch_written(grad_residual + c);
+      }
+    };
     int64_t c = span.begin;
-    if constexpr (kStream && sizeof(T) == 2) {
+    if constexpr (sizeof(T) == 2) {
       for (; c + 2 * kLanes <= span.end; c += 2 * kLanes) {
+        prefetch_at(c);
         const Grads first = value(c, kLanes), second = value(c + kLanes, kLanes);
-        if (grad_residual) stream_pair(grad_residual + c, first.residual, second.residual);
-        if (grad_x) stream_pair(grad_x + c, first.x, second.x);
+        if (grad_residual) put_pair<kStream>(grad_residual + c, first.residual, second.residual);
+        if (grad_x) put_pair<kStream>(grad_x + c, first.x, second.x);
       }
     }
-    for (; c < span.end; c += kLanes) {
-      const Grads grads = value(c, span.end - c);
-      if (grad_residual) put<kStream>(grad_residual + c, grads.residual, span.end - c);
-      if (grad_x) put<kStream>(grad_x + c, grads.x, span.end - c);
+    const auto at = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+      const Grads grads = value(c, count);
+      if (grad_residual) put<kStream>(grad_residual + c, grads.residual, count);
+      if (grad_x) put<kStream>(grad_x + c, grads.x, count);
+    };
+    for (; c + kLanes <= span.end; c += kLanes) {
+      prefetch_at(c);
+      at(c, kLanes);
+    }
+    if constexpr (!kStream) {
+      if (c < span.end) at(c, span.end - c);
     }
   }
   if constexpr (kStream) stream_fence();
