@@ -16,15 +16,14 @@ fp32, bf16 and fp16 tensors, computed in fp32; identity, relu and leaky_relu.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .launch import check_like, dense, device_of, empty_output
+
 _ACTIVATIONS = ("identity", "relu", "leaky_relu")
 _BLOCK = 1024  # elements of a program; a multiple of 8, so that it owns its bytes of the mask
 
@@ -216,7 +215,7 @@ def residual_add_forward(
     """
     _check(x, activation, residual=residual)
     kinds = _kinds(x, alpha, beta, complement)
-    y = _empty_output(x)
+    y = empty_output(x)
     masked = activation != "identity"
     size = (x.size(0), (_length(x) + 7) // 8) if masked else (0,)
     mask = torch.empty(size, dtype=torch.uint8, device=x.device)
@@ -224,10 +223,10 @@ def residual_add_forward(
         return y, mask
     rows, width, block = _walk(x, kinds, masked)
     blocks = triton.cdiv(width, block)
-    with _device_of(x):
+    with device_of(x):
         residual_add_forward_kernel[(rows * blocks,)](
-            _dense(x, y),
-            _dense(residual, y),
+            dense(x, y),
+            dense(residual, y),
             _values(alpha, kinds[0], y),
             _values(beta, kinds[1], y),
             y,
@@ -293,7 +292,7 @@ def residual_add_backward(
             )
     rows, width, block = _walk(grad_y, kinds, masked)
     blocks = triton.cdiv(width, block)
-    like_x = _empty_output(grad_y)
+    like_x = empty_output(grad_y)
     grad_x = torch.empty_like(like_x) if need_x else grad_y.new_empty(0)
     grad_residual = torch.empty_like(like_x) if need_residual else grad_y.new_empty(0)
     # What the kernel writes, and what comes of it.
@@ -314,11 +313,11 @@ def residual_add_backward(
         if masked:
             assert mask is not None
             mask = mask.contiguous()
-        with _device_of(grad_y):
+        with device_of(grad_y):
             residual_add_backward_kernel[(rows * blocks,)](
-                _dense(grad_y, like_x),
-                _dense(x, like_x) if x is not None and need_alpha else None,
-                _dense(residual, like_x) if residual is not None and with_residual else None,
+                dense(grad_y, like_x),
+                dense(x, like_x) if x is not None and need_alpha else None,
+                dense(residual, like_x) if residual is not None and with_residual else None,
                 _values(alpha, kinds[0], like_x),
                 _values(beta, kinds[1], like_x),
                 mask if masked else None,
@@ -350,22 +349,13 @@ def residual_add_backward(
 
 
 def _check(like: Tensor, activation: str, **tensors: Tensor | None) -> None:
-    if like.dtype not in _DTYPES:
-        raise NotImplementedError(f'"residual_add" of triton not implemented for {like.dtype}')
     if activation not in _ACTIVATIONS:
         raise NotImplementedError(
             f"residual_add of triton has {', '.join(_ACTIVATIONS)}, but not {activation!r}"
         )
     if like.dim() == 0:
         raise ValueError("residual_add expects an input of size (N, *), but got 0-D input")
-    for name, t in tensors.items():
-        if t is not None and (
-            (t.shape, t.dtype, t.device) != (like.shape, like.dtype, like.device)
-        ):
-            raise ValueError(
-                f"{name} should be {like.dtype} of size {list(like.shape)} on {like.device}, but "
-                f"got {t.dtype} of size {list(t.shape)} on {t.device}"
-            )
+    check_like("residual_add", like, **tensors)
 
 
 def _kinds(x: Tensor, alpha: Tensor | None, beta: Tensor | None, complement: bool) -> list[str]:
@@ -408,29 +398,8 @@ def _walk(x: Tensor, kinds: list[str], masked: bool) -> tuple[int, int, int]:
     return rows, width, _power_of_2(width)
 
 
-def _empty_output(x: Tensor) -> Tensor:
-    """As resops.reference.layout.empty_output."""
-    if x.dim() == 3 and x.size(1) > 1 and x.size(2) > 1:
-        strides = (x.size(1) * x.size(2), 1, x.size(1))
-        if x.stride() == strides:
-            return torch.empty_strided(x.size(), strides, dtype=x.dtype, device=x.device)
-    return torch.empty_like(x, memory_format=suggest_memory_format(x))
-
-
-def _dense(t: Tensor, like: Tensor) -> Tensor:
-    """The values of ``t`` in the memory order of ``like``: ``t`` itself where it has it."""
-    if t.stride() == like.stride():
-        return t
-    return torch.empty_like(like).copy_(t)
-
-
 def _values(weight: Tensor | None, kind: str, like: Tensor) -> Tensor | None:
     """A weight's values one after the other."""
     if weight is None:
         return None
-    return _dense(weight, like) if kind == "elementwise" else weight.contiguous()
-
-
-def _device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return dense(weight, like) if kind == "elementwise" else weight.contiguous()
