@@ -34,10 +34,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import ACTIVATIONS, MASKED, SMOOTH, activate, blocked_gradient, smooth_gradient
 from .launch import check_like, dense, device_of, empty_output
 
-_ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu")
-_MASKED = ("relu", "leaky_relu")  # a residual's sign is kept in one bit
 _FOLD = 16  # elements; rows of the folded matrix start on multiples of it
 _TILE = 2048  # elements: 16 per thread, two or four vectors of 16 bytes
 _MAX_COLUMNS = 128  # of a channels-last tile
@@ -287,38 +286,6 @@ def _pre_activation(centred, scale, bias):
 
 
 @triton.jit
-def _gelu_cdf(z):
-    return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-
-
-@triton.jit
-def _activate(z, slope, ACTIVATION: tl.constexpr):
-    # z <= 0 is false where z is NaN: NaN passes. (tl.maximum would drop it.)
-    if ACTIVATION == "relu":
-        y = tl.where(z <= 0, 0.0, z)
-    elif ACTIVATION == "leaky_relu":
-        y = tl.where(z <= 0, z * slope, z)
-    elif ACTIVATION == "silu":
-        y = z / (1.0 + tl.exp(-z))
-    elif ACTIVATION == "gelu":
-        y = z * _gelu_cdf(z)
-    else:
-        y = z
-    return y
-
-
-@triton.jit
-def _differentiate(grad_y, z, slope, ACTIVATION: tl.constexpr):
-    """grad_y * act'(z) for a smooth activation."""
-    if ACTIVATION == "silu":
-        s = tl.sigmoid(z)
-        derivative = s * (1.0 + z * (1.0 - s))
-    else:
-        derivative = _gelu_cdf(z) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-    return grad_y * derivative
-
-
-@triton.jit
 def batch_norm_apply_kernel(
     x_ptr,
     residual_ptr,
@@ -354,7 +321,7 @@ def batch_norm_apply_kernel(
         z = _pre_activation(_load(x_ptr, offsets, valid) - mean, scale, bias)
         if residual_ptr is not None:
             z += _load(residual_ptr, offsets, valid)
-        y = _activate(z, slope, ACTIVATION)
+        y = activate(z, slope, ACTIVATION)
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
         if mask_ptr is not None:
             bits = tl.where(valid, tl.where(z <= 0, 0, 1), 0)
@@ -396,15 +363,12 @@ def _gradient(
             blocked = _unpack(packed, ROWS, COLS) == 0
         else:
             blocked = _pre_activation(centred, scale, bias) <= 0
-        if ACTIVATION == "relu":
-            g = tl.where(blocked, 0.0, g)
-        else:
-            g = tl.where(blocked, g * slope, g)
+        g = blocked_gradient(g, blocked, slope, ACTIVATION)
     elif ACTIVATION != "identity":
         z = _pre_activation(centred, scale, bias)
         if residual_ptr is not None:
             z += _load(residual_ptr, offsets, valid)
-        g = _differentiate(g, z, slope, ACTIVATION)
+        g = smooth_gradient(g, z, ACTIVATION)
     return g, centred, offsets, valid
 
 
@@ -742,7 +706,7 @@ def batch_norm_apply(
     _check(x, activation, residual=residual)
     _check_channels(x, weight=weight, bias=bias, mean=mean, invstd=invstd)
     y = empty_output(x)
-    masked = residual is not None and activation in _MASKED
+    masked = residual is not None and activation in MASKED
     if x.numel() == 0:
         return y, torch.empty(0, dtype=torch.uint8, device=x.device)
     walk = _Walk.of(y)
@@ -1016,9 +980,9 @@ def _check(x: Tensor, activation: str = "identity", **tensors: Tensor | None) ->
         raise ValueError(
             f"batch_norm expects an input of size (N, C, *spatial), but got {x.dim()}-D input"
         )
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise NotImplementedError(
-            f"batch_norm of triton has {', '.join(_ACTIVATIONS)}, but not {activation!r}"
+            f"batch_norm of triton has {', '.join(ACTIVATIONS)}, but not {activation!r}"
         )
 
 
@@ -1049,12 +1013,12 @@ def _check_backward(
     if mask is not None and mask.numel() > 0:
         size = _Walk.of(y).mask_size if x.numel() > 0 else 0
         given = (tuple(mask.shape), mask.dtype, mask.device)
-        if given != ((size,), torch.uint8, x.device) or activation not in _MASKED:
+        if given != ((size,), torch.uint8, x.device) or activation not in MASKED:
             raise ValueError(
-                f"mask should have {size if activation in _MASKED else 0} bytes on {x.device}, but "
+                f"mask should have {size if activation in MASKED else 0} bytes on {x.device}, but "
                 f"got {mask.dtype} of size {list(mask.shape)} on {mask.device}"
             )
-    elif residual is not None and activation in _MASKED and x.numel() > 0:
+    elif residual is not None and activation in MASKED and x.numel() > 0:
         raise ValueError("mask should be given for relu and leaky_relu with a residual")
     return y
 
@@ -1075,7 +1039,7 @@ def _saved(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """What the backward kernels read of the forward pass, in the memory order of y."""
     masked = mask is not None and mask.numel() > 0
-    smooth = residual is not None and activation in ("silu", "gelu")
+    smooth = residual is not None and activation in SMOOTH
     return (
         dense(grad_y, y),
         dense(x, y),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _dispatch, _native
+from .. import _dispatch, _native, _triton
 from .._autograd import apply_function
 from ..reference import batch_norm as reference
 from ..reference.activation import ACTIVATIONS, MASKED_ACTIVATIONS, SMOOTH_ACTIVATIONS
@@ -178,6 +178,12 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return BatchNormFunction.backward_by(_native_backward, ctx, grad_y)
+
+    @staticmethod
+    def backward_by(
+        backward: Callable[..., Any], ctx: Any, grad_y: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if grad_y is None:
             return (None,) * 11
         x, residual, weight, bias, mean, invstd, mask = ctx.saved_tensors
@@ -186,7 +192,6 @@ class BatchNormFunction(torch.autograd.Function):
         # Without an activation the residual's gradient is grad_y itself: no kernel writes a copy.
         unchanged = activation == "identity" and needed[1]
         needed[1] = needed[1] and not unchanged
-        backward: Callable[..., Any] = _native_backward
         if torch.is_grad_enabled():  # create_graph=True: formulas that autograd can follow
             backward = reference.batch_norm_backward
             if training:
@@ -212,6 +217,19 @@ class BatchNormFunction(torch.autograd.Function):
         if unchanged:
             grad_residual = grad_y
         return (grad_x, grad_residual, grad_weight, grad_bias, *[None] * 7)
+
+
+class TritonBatchNormFunction(BatchNormFunction):
+    """The same with the kernels of Triton: so backward keeps the choice made in forward."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _triton_forward(*args)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return BatchNormFunction.backward_by(_triton_backward, ctx, grad_y)
 
 
 def traced_to_aten() -> bool:
@@ -258,11 +276,17 @@ def batch_norm(
         activation,
         negative_slope,
     )
-    if _dispatch.choose("batch_norm", x) == "reference" or traced_to_aten():
+    backend = _dispatch.choose("batch_norm", x)
+    if backend == "reference" or traced_to_aten():
         # torch.jit.trace would record every look at a size; F.batch_norm checks there.
         if not torch.jit.is_tracing():  # type: ignore[attr-defined]
             check_arguments(*args[:-1])
         return reference.batch_norm(*args)
+    if backend == "triton":
+        check_arguments(*args[:-1])
+        if torch.is_grad_enabled():
+            return apply_function(TritonBatchNormFunction, *args)[0]
+        return _triton_forward(*args)[0]
     if torch.is_grad_enabled():
         return apply_function(BatchNormFunction, *args)[0]
     return _native_forward(*args)[0]
@@ -460,18 +484,26 @@ def _fake_backward(
     )
 
 
+_fakes: dict[str, Callable[..., Any]] = {
+    "statistics": _fake_statistics,
+    "apply": _fake_apply,
+    "forward": _fake_forward,
+    "backward_reduce": _fake_backward_reduce,
+    "backward_apply": _fake_backward_apply,
+    "backward": _fake_backward,
+}
 if _native.error is None:
-    _fakes: dict[str, Callable[..., Any]] = {
-        "statistics": _fake_statistics,
-        "apply": _fake_apply,
-        "forward": _fake_forward,
-        "backward_reduce": _fake_backward_reduce,
-        "backward_apply": _fake_backward_apply,
-        "backward": _fake_backward,
-    }
     for _phase, _fake in _fakes.items():
         torch.library.register_fake(f"resops::batch_norm_{_phase}", _fake)
 
     # The overloads themselves: resolving them anew costs 2 us a call.
     _native_forward = torch.ops.resops.batch_norm_forward.default
     _native_backward = torch.ops.resops.batch_norm_backward.default
+
+_triton_ops = {
+    _phase: _triton.register(
+        "batch_norm", _phase, getattr(reference, f"batch_norm_{_phase}"), _fake
+    )
+    for _phase, _fake in _fakes.items()
+}
+_triton_forward, _triton_backward = _triton_ops["forward"], _triton_ops["backward"]

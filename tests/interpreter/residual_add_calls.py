@@ -22,7 +22,7 @@ from torch import Tensor
 
 from resops.reference import residual_add as reference
 from tests.interpreter.kernels import guarded_memory, import_kernels
-from tests.interpreter.test_residual_add import NAMES, WEIGHTINGS_IN_RULE_R
+from tests.interpreter.test_residual_add import ACTIVATIONS, NAMES, WEIGHTINGS_IN_RULE_R
 from tests.ops.residual_add_oracle import (
     WEIGHTINGS,
     ResidualAddCase,
@@ -32,7 +32,6 @@ from tests.ops.residual_add_oracle import (
 )
 from tests.tensors import in_layout
 
-ACTIVATIONS = ("identity", "relu", "leaky_relu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -129,7 +128,7 @@ def refused() -> None:
         return kernels.residual_add_forward(x, r, a, b, 1.0, 1.0, **flags)
 
     raises(NotImplementedError, "torch.float64", lambda: forward(x.double(), x.double()))
-    raises(NotImplementedError, "gelu", lambda: forward(activation="gelu"))
+    raises(NotImplementedError, "mish", lambda: forward(activation="mish"))
     raises(ValueError, "residual should be", lambda: forward(r=torch.ones(2)))
     raises(ValueError, "residual should be", lambda: forward(r=x.half()))
     raises(ValueError, "alpha should have 1 element", lambda: forward(a=torch.ones(3)))
