@@ -662,7 +662,8 @@ def batch_norm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel mean and biased variance, fp32, each (C,). Zeros where M = 0."""
     _check(x)
     C = x.size(1)
-    mean, var = (torch.zeros(C, dtype=torch.float32, device=x.device) for _ in range(2))
+    make = torch.empty if x.numel() > 0 else torch.zeros
+    mean, var = (make(C, dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel() > 0:
         y = x if _is_dense(x) else dense(x, empty_output(x))
         with device_of(x):
@@ -824,7 +825,8 @@ def batch_norm_backward_reduce(
     """
     y = _check_backward(grad_y, x, residual, mask, weight, bias, mean, invstd, activation)
     C = x.size(1)
-    sums = torch.zeros(2, C, dtype=torch.float32, device=x.device)
+    make = torch.empty if x.numel() > 0 else torch.zeros
+    sums = [make(C, dtype=torch.float32, device=x.device) for _ in range(2)]
     if x.numel() > 0:
         walk = _Walk.of(y)
         parts = walk.parts(x.device)

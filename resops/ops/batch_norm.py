@@ -44,7 +44,7 @@ def check_arguments(
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if not eps >= 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    if math.isnan(momentum):
+    if momentum != momentum:  # NaN; torch.compile cannot trace math.isnan of a dynamic number
         raise ValueError("batch_norm momentum must be a number, but got nan")
     if not training:
         for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
