@@ -10,6 +10,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -46,11 +47,11 @@ def batch_norm_by_name() -> None:
         flags: dict[str, Any] = {"training": training, "activation": activation}
         case = random_case(x, residual=i % 4 < 2, **flags).with_decided_signs()
         with resops.backend("triton"):
-            ours, counts = triton_calls("batch_norm", lambda case=case: run_functional(case))
+            ours, counts = triton_calls("batch_norm", functools.partial(run_functional, case))
         assert counts == (1, 1)
         case.check(ours)
         with torch.no_grad(), resops.backend("triton"):
-            y, counts = triton_calls("batch_norm", lambda case=case: run_functional(case))
+            y, counts = triton_calls("batch_norm", functools.partial(run_functional, case))
         assert counts == (1, 0) and torch.equal(y["y"], ours["y"])
 
 

@@ -183,6 +183,18 @@ def exact_data() -> None:
         assert torch.equal(sums[1], torch.zeros_like(sums[1]))  # the offsets cancel exactly
 
 
+def constant_channels() -> None:
+    """The mean of equal values is that value, and their variance 0, in any number of parts."""
+    values = torch.tensor([0.1, -3.3, 1e30, 7e-30, 0.0]).view(1, 5, 1)
+    for count, size, layout in itertools.product(
+        (1, 3, 1000), (7, 300), ("contiguous", "channels_last")
+    ):
+        x = in_layout(values.expand(3, 5, size).contiguous(), layout)
+        with programs(count):
+            mean, var = kernels.batch_norm_statistics(x)
+        assert torch.equal(mean, values.flatten()) and torch.equal(var, torch.zeros(5))
+
+
 def any_number_of_programs() -> None:
     for count, layout in itertools.product((1, 2, 7, 1000), ("contiguous", "channels_last")):
         with programs(count):
@@ -343,6 +355,7 @@ CALLS |= {
         every_layout,
         parameters,
         exact_data,
+        constant_channels,
         any_number_of_programs,
         large_means,
         nan_and_infinity,

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ MARGIN = 64  # elements; a multiple of 16, so that memory is aligned as torch al
 _ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "zeros", "new_zeros"}
 
 
-def import_kernels(op: str) -> ModuleType:
+def import_kernels(op: str) -> Any:
     """resops.triton_kernels.<op>; from the clone's folder where nothing is installed."""
     if importlib.util.find_spec("resops.triton_kernels") is None:
         folder = Path(__file__).resolve().parents[2] / "triton_kernels"

@@ -14,6 +14,7 @@ NAMES = [
     "every_layout",
     "parameters",
     "exact_data",
+    "constant_channels",
     "any_number_of_programs",
     "large_means",
     "nan_and_infinity",
