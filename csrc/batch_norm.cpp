@@ -101,4 +101,11 @@ TORCH_LIBRARY_FRAGMENT(resops, m) {
       "Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, bool training, str activation, "
       "float negative_slope, bool[4] output_mask) "
       "-> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
+  // The same in operations that autograd can follow, for second derivatives: registered by
+  // resops/ops/batch_norm.py.
+  m.def(
+      "batch_norm_backward_formulas(Tensor grad_y, Tensor x, Tensor? residual, Tensor? mask, "
+      "Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, bool training, float eps, "
+      "str activation, float negative_slope, bool[4] output_mask) "
+      "-> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
 }

@@ -3,11 +3,14 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <map>
 #include <string>
 #include <vector>
 
+#include "autograd/autograd.h"
 #include "build_facts.h"  // written by CMake into the build folder
 #include "cpu/capability.h"
 
@@ -42,4 +45,9 @@ PYBIND11_MODULE(_C, m) {
         "The instruction sets that can run here, in rising order.");
   m.def("set_cpu_capability", &resops::set_cpu_capability, pybind11::arg("name"),
         "Make all CPU kernels use one of cpu_capabilities(). ValueError if it cannot run here.");
+  // Exceptions as torch's own functions raise them; other threads may run Python code meanwhile.
+  m.def("batch_norm", torch::wrap_pybind_function_no_gil(&resops::batch_norm),
+        "batch_norm_forward with its gradient: y alone.");
+  m.def("residual_add", torch::wrap_pybind_function_no_gil(&resops::residual_add),
+        "residual_add_forward with constant weights and its gradient: y alone.");
 }

@@ -111,4 +111,11 @@ TORCH_LIBRARY_FRAGMENT(resops, m) {
       "Tensor? beta, float alpha_value, float beta_value, bool complement, Tensor? mask, "
       "str activation, float negative_slope, bool[4] output_mask) "
       "-> (Tensor grad_x, Tensor grad_residual, Tensor grad_alpha, Tensor grad_beta)");
+  // The same in operations that autograd can follow, for second derivatives: registered by
+  // resops/ops/residual_add.py.
+  m.def(
+      "residual_add_backward_formulas(Tensor grad_y, Tensor? x, Tensor? residual, Tensor? alpha, "
+      "Tensor? beta, float alpha_value, float beta_value, bool complement, Tensor? mask, "
+      "str activation, float negative_slope, bool[4] output_mask) "
+      "-> (Tensor grad_x, Tensor grad_residual, Tensor grad_alpha, Tensor grad_beta)");
 }

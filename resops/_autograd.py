@@ -5,6 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
+
+
+def traced_to_aten() -> bool:
+    """Whether something records or transforms this call that knows PyTorch's own ops only:
+    torch.export, torch.jit.trace, torch.vmap and the other transforms of torch.func, forward-mode
+    differentiation."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_plain_call(tensors: tuple[Any, ...]) -> bool:
+    """Whether an op may go straight to its C++ autograd node: a call on tensors as PyTorch makes
+    them, which nothing traces or transforms."""
+    return not (torch.compiler.is_compiling() or has_torch_function(tensors) or traced_to_aten())
 
 
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:

@@ -20,6 +20,13 @@ struct MemoryLayout {
         channels_last_1d(x.dim() == 3 && x.size(1) > 1 && x.size(2) > 1 && x.stride(1) == 1 &&
                          x.stride(2) == x.size(1) && x.stride(0) == x.size(1) * x.size(2)) {}
 
+  // As one number, for a backward pass that must know it.
+  int64_t code() const { return channels_last_1d ? -1 : static_cast<int64_t>(format); }
+  static MemoryLayout from_code(int64_t code) {
+    return code == -1 ? MemoryLayout{at::MemoryFormat::Contiguous, true}
+                      : MemoryLayout{static_cast<at::MemoryFormat>(code), false};
+  }
+
   bool is_contiguous() const { return format == at::MemoryFormat::Contiguous && !channels_last_1d; }
 
   // Uninitialised, of x's size and dtype.
@@ -35,6 +42,10 @@ struct MemoryLayout {
     if (channels_last_1d) return t.transpose(1, 2).contiguous().transpose(1, 2);
     return t.contiguous(format);
   }
+
+ private:
+  MemoryLayout(at::MemoryFormat format_, bool channels_last_1d_)
+      : format(format_), channels_last_1d(channels_last_1d_) {}
 };
 
 }  // namespace resops

@@ -190,7 +190,7 @@ class Parameters {
  private:
   template <class acc>
   void fill(acc* out, const std::vector<double>& values, int64_t size) {
-    for (int64_t i = 0; i < size; i += walk_.channels) {
+    for (int64_t i = 0; i < size && walk_.channels > 0; i += walk_.channels) {
       for (int64_t c = 0; c < walk_.channels; ++c) out[i + c] = static_cast<acc>(values[c]);
     }
   }

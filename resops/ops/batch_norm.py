@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _native, _triton
-from .._autograd import apply_function
+from .._autograd import apply_function, is_plain_call, traced_to_aten
 from ..reference import batch_norm as reference
 from ..reference.activation import ACTIVATIONS, MASKED_ACTIVATIONS, SMOOTH_ACTIVATIONS
 from ..reference.layout import empty_output, mask_size
@@ -131,6 +131,42 @@ def _check_pair(name1: str, t1: Tensor | None, name2: str, t2: Tensor | None, x:
         )
 
 
+def backward_formulas(
+    grad_y: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``batch_norm_backward`` in operations that autograd can follow, statistics included."""
+    _check_backward(grad_y, x, residual, mask, weight, bias, mean, invstd, activation)
+    if training:
+        mean, var = reference.batch_norm_statistics(x)
+        invstd = torch.rsqrt(var + eps)
+    return reference.batch_norm_backward(
+        grad_y,
+        x,
+        residual,
+        mask,
+        weight,
+        bias,
+        mean,
+        invstd,
+        training,
+        activation,
+        negative_slope,
+        output_mask,
+    )
+
+
 class BatchNormFunction(torch.autograd.Function):
     """The phases of one backend, and what is kept between them.
 
@@ -192,25 +228,11 @@ class BatchNormFunction(torch.autograd.Function):
         # Without an activation the residual's gradient is grad_y itself: no kernel writes a copy.
         unchanged = activation == "identity" and needed[1]
         needed[1] = needed[1] and not unchanged
-        if torch.is_grad_enabled():  # create_graph=True: formulas that autograd can follow
-            backward = reference.batch_norm_backward
-            if training:
-                mean, var = reference.batch_norm_statistics(x)
-                invstd = torch.rsqrt(var + eps)
-        grads = backward(
-            grad_y,
-            x,
-            residual,
-            mask,
-            weight,
-            bias,
-            mean,
-            invstd,
-            training,
-            activation,
-            negative_slope,
-            needed,
-        )
+        saved = (grad_y, x, residual, mask, weight, bias, mean, invstd, training)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = backward_formulas(*saved, eps, activation, negative_slope, needed)
+        else:
+            grads = backward(*saved, activation, negative_slope, needed)
         grad_x, grad_residual, grad_weight, grad_bias = (
             g if need else None for g, need in zip(grads, needed, strict=True)
         )
@@ -230,14 +252,6 @@ class TritonBatchNormFunction(BatchNormFunction):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         return BatchNormFunction.backward_by(_triton_backward, ctx, grad_y)
-
-
-def traced_to_aten() -> bool:
-    """Whether something records or transforms this call that knows PyTorch's own ops only:
-    torch.export, torch.jit.trace, torch.vmap and the other transforms of torch.func."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
 
 
 def batch_norm(
@@ -277,6 +291,11 @@ def batch_norm(
         negative_slope,
     )
     backend = _dispatch.choose("batch_norm", x)
+    if backend == "native" and is_plain_call(args[:6]):
+        try:
+            return _native_batch_norm(*args)
+        except TypeError:
+            pass  # an argument that is no tensor, number or text: the op below names it
     if backend == "reference" or traced_to_aten():
         # torch.jit.trace would record every look at a size; F.batch_norm checks there.
         if not torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -492,13 +511,17 @@ _fakes: dict[str, Callable[..., Any]] = {
     "backward_apply": _fake_backward_apply,
     "backward": _fake_backward,
 }
-if _native.error is None:
+if _native.module is not None:
     for _phase, _fake in _fakes.items():
         torch.library.register_fake(f"resops::batch_norm_{_phase}", _fake)
+    torch.library.impl(
+        "resops::batch_norm_backward_formulas", "CompositeImplicitAutograd", backward_formulas
+    )
 
     # The overloads themselves: resolving them anew costs 2 us a call.
     _native_forward = torch.ops.resops.batch_norm_forward.default
     _native_backward = torch.ops.resops.batch_norm_backward.default
+    _native_batch_norm = _native.module.batch_norm
 
 _triton_ops = {
     _phase: _triton.register(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _native, _triton
-from .._autograd import apply_function
+from .._autograd import apply_function, is_plain_call, traced_to_aten
 from ..reference import residual_add as reference
 from ..reference.activation import MASKED_ACTIVATIONS, SMOOTH_ACTIVATIONS
 from ..reference.layout import empty_output
@@ -122,6 +122,40 @@ def check_weight(name: str, weight: Tensor | None, x: Tensor) -> None:
         )
 
 
+def backward_formulas(
+    grad_y: Tensor,
+    x: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    alpha_value: float,
+    beta_value: float,
+    complement: bool,
+    mask: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``residual_add_backward`` in operations that autograd can follow."""
+    check_backward_arguments(
+        grad_y, x, residual, alpha, beta, complement, mask, activation, output_mask
+    )
+    return reference.residual_add_backward(
+        grad_y,
+        x,
+        residual,
+        alpha,
+        beta,
+        alpha_value,
+        beta_value,
+        complement,
+        mask,
+        activation,
+        negative_slope,
+        output_mask,
+    )
+
+
 class ResidualAddFunction(torch.autograd.Function):
     """The two passes of the native backend, and what is kept between them.
 
@@ -206,8 +240,8 @@ class ResidualAddFunction(torch.autograd.Function):
         ]
         grads: tuple[Tensor, ...] = (grad_y,) * 4
         if any(computed):
-            if torch.is_grad_enabled():  # create_graph=True: formulas that autograd can follow
-                backward = reference.residual_add_backward
+            if torch.is_grad_enabled():  # create_graph=True
+                backward = backward_formulas
             grads = backward(
                 _in_memory_order(grad_y, ctx.memory_format),
                 x,
@@ -341,6 +375,21 @@ def residual_add(
     """See :func:`resops.functional.residual_add`."""
     if activation is None:
         activation = "identity"
+    constant = type(alpha) is float and type(beta) is float
+    if (
+        constant
+        and alpha_backward is None
+        and beta_backward is None
+        and isinstance(x, Tensor)
+        and isinstance(residual, Tensor)
+        and x.dtype == residual.dtype
+        and is_plain_call((x, residual))
+        and _dispatch.choose("residual_add", x) == "native"
+    ):
+        try:
+            return _native_residual_add(x, residual, alpha, beta, activation, negative_slope)
+        except TypeError:
+            pass  # an argument that is no number or text: the op below names it
     weights, backward = _parse(alpha, beta), None
     if alpha_backward is not None or beta_backward is not None:
         if activation in SMOOTH_ACTIVATIONS:
@@ -364,7 +413,7 @@ def residual_add(
         check_weight("beta_backward", backward.beta, x)
 
     chosen = _dispatch.choose("residual_add", x)
-    if chosen == "reference" or torch.compiler.is_exporting():
+    if chosen == "reference" or traced_to_aten():
         check_arguments(x, residual, *weights, activation)
         return reference.residual_add(
             x, residual, *_as_given(weights), activation, negative_slope, *_as_given(backward)
@@ -454,9 +503,13 @@ def _fake_backward(
     )
 
 
-if _native.error is None and hasattr(torch.ops.resops, "residual_add_forward"):
+if _native.module is not None:
+    torch.library.impl(
+        "resops::residual_add_backward_formulas", "CompositeImplicitAutograd", backward_formulas
+    )
     torch.library.register_fake("resops::residual_add_forward", _fake_forward)
     torch.library.register_fake("resops::residual_add_backward", _fake_backward)
+    _native_residual_add = _native.module.residual_add
 
 _triton_forward, _triton_backward = (
     _triton.register("residual_add", phase, getattr(reference, f"residual_add_{phase}"), fake)

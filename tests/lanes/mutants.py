@@ -30,6 +30,7 @@ CHECKS = "csrc/common/tensor_checks.h"
 ACTIVATION = "csrc/cpu/activation.h"
 SIMD = "csrc/cpu/simd.h"
 OP = "resops/ops/batch_norm.py"
+NODE = "csrc/autograd/batch_norm.cpp"
 
 NUMERICS = "tests/ops/test_batch_norm_numerics.py"
 SHAPES = "tests/ops/test_batch_norm_shapes.py"
@@ -40,6 +41,7 @@ DISPATCH = "tests/ops/test_batch_norm_dispatch.py"
 CONCURRENCY = "tests/ops/test_batch_norm_concurrency.py"
 ARGUMENTS = "tests/ops/test_batch_norm_arguments.py"
 OPINFO = "tests/ops/test_opinfo.py"
+NODES = "tests/ops/test_autograd_nodes.py"
 
 
 def bug(name: str, edits: Edit | tuple[Edit, ...], *tests: str) -> Mutant:
@@ -384,16 +386,30 @@ MUTANTS = [
         "only calls torch",
         Edit(
             "resops/_dispatch.py",
-            '"native" if refusal("native", op, x) is None else "reference"',
-            '"reference"',
+            'refusal("native", op, x) is None',
+            "False",
         ),
         f"{DISPATCH}::test_backends",
         f"{NUMERICS}::test_zero_weight",
     ),
     bug(
         "residual saved although the mask is enough",
-        Edit(OP, "residual if activation in SMOOTH_ACTIVATIONS else None", "residual"),
+        Edit(NODE, "smooth ? given(residual) : Tensor()", "given(residual)"),
         f"{AUTOGRAD}::test_what_is_saved",
+    ),
+    bug(
+        "residual saved by the Function although the mask is enough",
+        Edit(OP, "residual if activation in SMOOTH_ACTIVATIONS else None", "residual"),
+        f"{NODES}::test_batch_norm",
+    ),
+    bug(
+        "gradient of the weight for the residual's",
+        Edit(
+            NODE,
+            "residual.has_value() << 1 | weight.has_value() << 2",
+            "residual.has_value() << 2 | weight.has_value() << 1",
+        ),
+        f"{NODES}::test_batch_norm",
     ),
     bug(
         "statistics constant in the second derivative",
@@ -404,12 +420,17 @@ MUTANTS = [
     ),
     bug(
         "slope of leaky_relu forgotten in the backward pass",
+        Edit(NODE, 'ctx->saved_data["negative_slope"].toDouble()', "0.01"),
+        f"{NUMERICS}::test_negative_slopes",
+    ),
+    bug(
+        "slope of leaky_relu forgotten in the Function's backward pass",
         Edit(
             OP,
             "(training, eps, activation, negative_slope)",
             "(training, eps, activation, 0.01)",
         ),
-        f"{NUMERICS}::test_negative_slopes",
+        f"{NODES}::test_batch_norm",
     ),
     bug(
         "fake strides of a 3-D channels-last input",

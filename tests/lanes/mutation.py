@@ -126,17 +126,12 @@ def plant(mutants: Sequence[Mutant], root: Path) -> dict[str, str]:
 
 def prepare_tree(mutants: Sequence[Mutant]) -> None:
     """Make or renew the copy of the source tree, with the bugs in it."""
-    planted = plant(mutants, ROOT)
-    switch = "csrc/common/types.h"
-    planted[switch] = planted.get(switch, (ROOT / switch).read_text()).replace(
-        "#pragma once", "#pragma once" + CPP_SWITCH, 1
-    )
     variable = "csrc/cpu/capability.cpp"
-    planted[variable] = (
-        planted.get(variable, (ROOT / variable).read_text())
-        + '\n#include "../common/types.h"\n'
-        + CPP_VARIABLE
-    )
+    planted = {variable: (ROOT / variable).read_text()} | plant(mutants, ROOT)
+    for file in planted:
+        if file.startswith("csrc/"):
+            planted[file] = CPP_SWITCH + planted[file]
+    planted[variable] += CPP_VARIABLE
     planted["resops/_mutant.py"] = PY_SWITCH
     source_copy.renew(TREE, planted)
 

@@ -1,0 +1,151 @@
+"""Every op has two autograd nodes: one in C++ for plain calls, and a Python Function for what
+torch.compile traces. They must agree to the last bit, in what they save as well."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+import resops
+from resops.functional import batch_norm_act, residual_add
+from resops.ops import batch_norm as batch_norm_op
+from resops.ops import residual_add as residual_add_op
+from tests.ops.batch_norm_oracle import ACTIVATIONS
+from tests.tensors import in_layout
+
+pytestmark = pytest.mark.usefixtures("native")
+
+LAYOUTS = ("contiguous", "channels_last", "every_second")
+
+
+def run(call: Callable[..., Tensor], inputs: dict[str, Tensor], needed: set[str]) -> dict[str, Any]:
+    """Output, first and second derivatives, and the sizes and dtypes of what is saved."""
+    leaves = {name: t.detach().requires_grad_(name in needed) for name, t in inputs.items()}
+    kept: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        y = call(**leaves)
+    differentiable = [t for t in leaves.values() if t.requires_grad]
+    grad_y = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape).requires_grad_()
+    out: dict[str, Any] = {"y": y, "strides": y.stride(), "node": type(y.grad_fn).__name__}
+    out["saved"] = sorted((tuple(t.shape), str(t.dtype)) for t in kept if t.numel() > 0)
+    out["grads"] = torch.autograd.grad(y, differentiable, grad_y, retain_graph=True)
+    recorded = torch.autograd.grad(y, differentiable, grad_y, create_graph=True)
+    total = sum((g.double().square().sum() for g in recorded), torch.zeros(()))
+    out["recorded"] = recorded
+    out["second"] = torch.autograd.grad(total, [*differentiable, grad_y], allow_unused=True)
+    return out
+
+
+def check_equal(cpp: dict[str, Any], python: dict[str, Any]) -> None:
+    assert cpp.pop("node") == "CppFunction"
+    assert python.pop("node") in ("BatchNormFunctionBackward", "ResidualAddFunctionBackward")
+    for name, found in cpp.items():
+        if name in ("strides", "saved"):
+            assert found == python[name], name
+        else:
+            torch.testing.assert_close(found, python[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_batch_norm(activation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for layout, residual, training, affine in itertools.product(
+        LAYOUTS, (False, True), (False, True), (False, True)
+    ):
+        vector = torch.float64 if dtype == torch.float64 else torch.float32
+        x = torch.randn(3, 5, 4, 3, generator=generator).to(dtype)
+        inputs = {"input": in_layout(x, layout)}
+        if residual:
+            inputs["residual"] = in_layout(x.flip(0) * 0.5, layout)
+        if affine:
+            inputs["weight"] = torch.rand(5, generator=generator, dtype=vector) + 0.5
+            inputs["bias"] = torch.randn(5, generator=generator, dtype=vector)
+        running = torch.randn(5, dtype=vector, generator=generator), torch.ones(5, dtype=vector)
+
+        updated: list[Tensor] = []
+
+        def call(
+            training: bool = training, updated: list[Tensor] = updated, **leaves: Tensor
+        ) -> Tensor:
+            updated[:] = [t.clone() for t in running]  # noqa: B023
+            more: dict[str, Any] = {"running_mean": updated[0], "running_var": updated[1], **leaves}
+            return batch_norm_act(
+                training=training, activation=activation, negative_slope=0.2, **more
+            )
+
+        for needed in ({"input"}, set(inputs) - {"input"}, set(inputs)):
+            if not needed:
+                continue
+            cpp = run(call, inputs, needed) | {"running": list(updated)}
+            with monkeypatch.context() as patch:
+                patch.setattr(batch_norm_op, "is_plain_call", lambda tensors: False)
+                python = run(call, inputs, needed) | {"running": list(updated)}
+            check_equal(cpp, python)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 0.5), (1.0, 0.25), (-0.5, 2.0)], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_residual_add(
+    activation: str, weights: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for layout, dtype in itertools.product(LAYOUTS, (torch.float64, torch.float32, torch.bfloat16)):
+        x, residual = (torch.randn(3, 5, 4, 3, generator=generator).to(dtype) for _ in range(2))
+        inputs = {"x": in_layout(x, layout), "residual": in_layout(residual, layout)}
+
+        def call(x: Tensor, residual: Tensor) -> Tensor:
+            return residual_add(x, residual, *weights, activation=activation, negative_slope=0.2)
+
+        for needed in ({"x"}, {"residual"}, {"x", "residual"}):
+            cpp = run(call, inputs, needed)
+            with monkeypatch.context() as patch:
+                patch.setattr(residual_add_op, "is_plain_call", lambda tensors: False)
+                python = run(call, inputs, needed)
+            check_equal(cpp, python)
+
+
+@pytest.mark.parametrize("op", ["batch_norm_act", "residual_add"])
+def test_a_tensor_subclass_is_dispatched_in_python(op: str) -> None:
+    """__torch_function__ of a subclass sees the op, as it sees PyTorch's own."""
+    seen: list[str] = []
+
+    class Watched(Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x = torch.randn(2, 3, 4).as_subclass(Watched)
+    y = (
+        batch_norm_act(x, None, None, training=True)
+        if op == "batch_norm_act"
+        else residual_add(x, x)
+    )
+    assert isinstance(y, Watched)
+    assert any("resops" in name for name in seen), seen
+
+
+def test_wrong_types_are_named() -> None:
+    """The C++ node's own message would list a signature of 11 arguments."""
+    x = torch.randn(2, 3, 4)
+    for wrong in ({"weight": [1.0, 1.0, 1.0], "bias": None}, {"eps": "small"}, {"momentum": None}):
+        (name, *_) = wrong
+        with pytest.raises((TypeError, RuntimeError, ValueError), match=name):
+            batch_norm_act(x, None, None, training=True, **wrong)
+    with pytest.raises((TypeError, RuntimeError), match="negative_slope"):
+        residual_add(x, x, negative_slope="steep")
+    assert resops.get_backend() == "auto"
