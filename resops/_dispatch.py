@@ -15,11 +15,12 @@ from collections.abc import Iterator
 
 import torch
 
-from . import _native
+from . import _native, _triton
 
 BACKENDS = ("native", "triton", "reference")
 _CHOICES = ("auto", *BACKENDS)
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # op -> device types for which the backend has kernels. The reference takes everything.
 _KERNELS: dict[str, dict[str, frozenset[str]]] = {
@@ -27,7 +28,10 @@ _KERNELS: dict[str, dict[str, frozenset[str]]] = {
         "batch_norm": frozenset({"cpu"}),
         "residual_add": frozenset({"cpu"}),
     },
-    "triton": {},
+    "triton": {
+        "batch_norm": _triton.DEVICES,
+        "residual_add": _triton.DEVICES,
+    },
 }
 
 
@@ -92,6 +96,8 @@ def unavailable_reason(backend: str, op: str | None = None) -> str | None:
         return None
     if backend == "native" and _native.error is not None:
         return _native.error
+    if backend == "triton" and _triton.error is not None:
+        return _triton.error
     if not _KERNELS[backend]:
         return f"this version of resops has no {backend} kernels"
     if op is not None and op not in _KERNELS[backend]:
@@ -104,11 +110,15 @@ def refusal(backend: str, op: str, x: torch.Tensor) -> str | None:
     if backend == "reference":
         return None
     devices = _KERNELS[backend].get(op)
-    if devices is None or _native.error is not None:
+    native = backend == "native"
+    if devices is None or (_native.error if native else _triton.error) is not None:
         return unavailable_reason(backend, op)
     if x.device.type not in devices:
-        return f"the {backend} {op} has no kernel for {x.device.type} tensors"
-    if x.dtype not in _NATIVE_DTYPES:
+        reason = f"the {backend} {op} has no kernel for {x.device.type} tensors"
+        if not native and x.device.type == "cpu":
+            reason += ", unless TRITON_INTERPRET=1 is set when Python starts (slow, for tests)"
+        return reason
+    if x.dtype not in (_NATIVE_DTYPES if native else _TRITON_DTYPES):
         return f"the {backend} {op} does not take {x.dtype}"
     return None
 
@@ -121,7 +131,10 @@ def choose(op: str, x: torch.Tensor) -> str:
     """
     wanted = _state.backend
     if wanted == "auto":
-        return "native" if refusal("native", op, x) is None else "reference"
+        if refusal("native", op, x) is None:
+            return "native"
+        # Triton's interpreter, on the CPU, is for those who ask for it by name.
+        return "triton" if x.is_cuda and refusal("triton", op, x) is None else "reference"
     reason = refusal(wanted, op, x)
     if reason is not None:
         raise BackendError(f"backend {wanted!r} cannot compute {op}: {reason}")

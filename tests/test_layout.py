@@ -115,8 +115,9 @@ LEVELS = {
     "resops._autograd": 2,
     "resops._magnitude": 2,
     "resops._native": 2,
+    "resops._triton": 2,
     "resops.reference": 2,
-    "resops.triton_kernels": 2,
+    "resops.triton_kernels": 1,
     "resops._C": 1,
     "resops._version": 1,
 }

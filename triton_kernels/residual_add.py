@@ -7,7 +7,7 @@ gradient of a weight that spans a row is a sum of two stages: every program stor
 block, and a second kernel adds these in their order, so that the bits are the same in every run.
 docs/math/residual_add.md has the formulas.
 
-fp32, bf16 and fp16 tensors, computed in fp32; identity, relu and leaky_relu.
+fp32, bf16 and fp16 tensors, computed in fp32.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -16,16 +16,15 @@ fp32, bf16 and fp16 tensors, computed in fp32; identity, relu and leaky_relu.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ACTIVATIONS = ("identity", "relu", "leaky_relu")
+from .activation import ACTIVATIONS, MASKED, SMOOTH, activate, blocked_gradient, smooth_gradient
+from .launch import check_like, dense, device_of, empty_output
+
 _BLOCK = 1024  # elements of a program; a multiple of 8, so that it owns its bytes of the mask
 
 
@@ -102,15 +101,9 @@ def residual_add_forward_kernel(
         alpha_ptr, beta_ptr, alpha_value, beta_value, row, offsets, valid, ALPHA, BETA
     )
     z = alpha * _load(x_ptr, offsets, valid) + beta * _load(residual_ptr, offsets, valid)
-    if ACTIVATION == "identity":
-        y = z
-    else:
-        blocked = z <= 0  # not where z is NaN
-        if ACTIVATION == "relu":
-            y = tl.where(blocked, 0.0, z)
-        else:
-            y = tl.where(blocked, z * tl.cast(negative_slope, tl.float32), z)
-        bits = tl.where(valid, tl.where(blocked, 0, 1), 0)
+    y = activate(z, tl.cast(negative_slope, tl.float32), ACTIVATION)
+    if ACTIVATION == "relu" or ACTIVATION == "leaky_relu":
+        bits = tl.where(valid, tl.where(z <= 0, 0, 1), 0)  # 1 where z is NaN
         bits = tl.reshape(bits, (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
         byte = tl.program_id(0).to(tl.int64) % blocks * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
         packed = tl.sum(bits, axis=1).to(tl.uint8)
@@ -147,17 +140,19 @@ def residual_add_backward_kernel(
 ):
     row, columns, valid, offsets = _block(width, blocks, BLOCK)
     g = _load(grad_y_ptr, offsets, valid)
-    if ACTIVATION != "identity":
-        byte = tl.load(mask_ptr + row * mask_step + columns // 8, mask=valid, other=0)
-        passes = (byte.to(tl.int32) >> (columns % 8).to(tl.int32)) & 1
-        if ACTIVATION == "relu":
-            g = tl.where(passes != 0, g, 0.0)
-        else:
-            g = tl.where(passes != 0, g, g * tl.cast(negative_slope, tl.float32))
-    if NEED_X or NEED_RESIDUAL:
+    SMOOTH: tl.constexpr = ACTIVATION == "silu" or ACTIVATION == "gelu"
+    if NEED_X or NEED_RESIDUAL or SMOOTH:
         alpha, beta = _weights(
             alpha_ptr, beta_ptr, alpha_value, beta_value, row, offsets, valid, ALPHA, BETA
         )
+    if ACTIVATION == "relu" or ACTIVATION == "leaky_relu":
+        byte = tl.load(mask_ptr + row * mask_step + columns // 8, mask=valid, other=0)
+        blocked = (byte.to(tl.int32) >> (columns % 8).to(tl.int32)) & 1 == 0
+        g = blocked_gradient(g, blocked, tl.cast(negative_slope, tl.float32), ACTIVATION)
+    elif SMOOTH:
+        z = alpha * _load(x_ptr, offsets, valid) + beta * _load(residual_ptr, offsets, valid)
+        g = smooth_gradient(g, z, ACTIVATION)
+    if NEED_X or NEED_RESIDUAL:
         if NEED_X:
             tl.store(grad_x_ptr + offsets, (alpha * g).to(grad_x_ptr.dtype.element_ty), mask=valid)
         if NEED_RESIDUAL:
@@ -216,18 +211,18 @@ def residual_add_forward(
     """
     _check(x, activation, residual=residual)
     kinds = _kinds(x, alpha, beta, complement)
-    y = _empty_output(x)
-    masked = activation != "identity"
+    y = empty_output(x)
+    masked = activation in MASKED
     size = (x.size(0), (_length(x) + 7) // 8) if masked else (0,)
     mask = torch.empty(size, dtype=torch.uint8, device=x.device)
     if x.numel() == 0:
         return y, mask
     rows, width, block = _walk(x, kinds, masked)
     blocks = triton.cdiv(width, block)
-    with _device_of(x):
+    with device_of(x):
         residual_add_forward_kernel[(rows * blocks,)](
-            _dense(x, y),
-            _dense(residual, y),
+            dense(x, y),
+            dense(residual, y),
             _values(alpha, kinds[0], y),
             _values(beta, kinds[1], y),
             y,
@@ -264,7 +259,7 @@ def residual_add_backward(
 
     Args:
         grad_y: in the memory order of y, in which the mask's bits are.
-        x, residual: where a weight's gradient needs them.
+        x, residual: where a weight's gradient or a smooth activation needs them.
 
     Raises:
         NotImplementedError: a dtype or an activation that these kernels do not have.
@@ -273,17 +268,19 @@ def residual_add_backward(
     _check(grad_y, activation, x=x, residual=residual)
     kinds = _kinds(grad_y, alpha, beta, complement)
     need_x, need_residual, need_alpha, need_beta = output_mask
-    with_residual = need_beta or (need_alpha and complement)
+    smooth = activation in SMOOTH and any(output_mask)
+    with_x = need_alpha or smooth
+    with_residual = need_beta or (need_alpha and complement) or smooth
     for name, t, needed in (
-        ("x", x, need_alpha),
+        ("x", x, with_x),
         ("residual", residual, with_residual),
         ("alpha", alpha, need_alpha),
         ("beta", beta, need_beta),
-        ("mask", mask, activation != "identity"),
+        ("mask", mask, activation in MASKED),
     ):
         if needed and t is None:
             raise ValueError(f"{name} should be given for this activation and output_mask")
-    masked = activation != "identity"
+    masked = activation in MASKED
     if masked and mask is not None:
         size = (grad_y.size(0), (_length(grad_y) + 7) // 8)
         if (tuple(mask.shape), mask.dtype, mask.device) != (size, torch.uint8, grad_y.device):
@@ -293,7 +290,7 @@ def residual_add_backward(
             )
     rows, width, block = _walk(grad_y, kinds, masked)
     blocks = triton.cdiv(width, block)
-    like_x = _empty_output(grad_y)
+    like_x = empty_output(grad_y)
     grad_x = torch.empty_like(like_x) if need_x else grad_y.new_empty(0)
     grad_residual = torch.empty_like(like_x) if need_residual else grad_y.new_empty(0)
     # What the kernel writes, and what comes of it.
@@ -314,11 +311,11 @@ def residual_add_backward(
         if masked:
             assert mask is not None
             mask = mask.contiguous()
-        with _device_of(grad_y):
+        with device_of(grad_y):
             residual_add_backward_kernel[(rows * blocks,)](
-                _dense(grad_y, like_x),
-                _dense(x, like_x) if x is not None and need_alpha else None,
-                _dense(residual, like_x) if residual is not None and with_residual else None,
+                dense(grad_y, like_x),
+                dense(x, like_x) if x is not None and with_x else None,
+                dense(residual, like_x) if residual is not None and with_residual else None,
                 _values(alpha, kinds[0], like_x),
                 _values(beta, kinds[1], like_x),
                 mask if masked else None,
@@ -350,22 +347,13 @@ def residual_add_backward(
 
 
 def _check(like: Tensor, activation: str, **tensors: Tensor | None) -> None:
-    if like.dtype not in _DTYPES:
-        raise NotImplementedError(f'"residual_add" of triton not implemented for {like.dtype}')
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise NotImplementedError(
-            f"residual_add of triton has {', '.join(_ACTIVATIONS)}, but not {activation!r}"
+            f"residual_add of triton has {', '.join(ACTIVATIONS)}, but not {activation!r}"
         )
     if like.dim() == 0:
         raise ValueError("residual_add expects an input of size (N, *), but got 0-D input")
-    for name, t in tensors.items():
-        if t is not None and (
-            (t.shape, t.dtype, t.device) != (like.shape, like.dtype, like.device)
-        ):
-            raise ValueError(
-                f"{name} should be {like.dtype} of size {list(like.shape)} on {like.device}, but "
-                f"got {t.dtype} of size {list(t.shape)} on {t.device}"
-            )
+    check_like("residual_add", like, **tensors)
 
 
 def _kinds(x: Tensor, alpha: Tensor | None, beta: Tensor | None, complement: bool) -> list[str]:
@@ -408,29 +396,8 @@ def _walk(x: Tensor, kinds: list[str], masked: bool) -> tuple[int, int, int]:
     return rows, width, _power_of_2(width)
 
 
-def _empty_output(x: Tensor) -> Tensor:
-    """As resops.reference.layout.empty_output."""
-    if x.dim() == 3 and x.size(1) > 1 and x.size(2) > 1:
-        strides = (x.size(1) * x.size(2), 1, x.size(1))
-        if x.stride() == strides:
-            return torch.empty_strided(x.size(), strides, dtype=x.dtype, device=x.device)
-    return torch.empty_like(x, memory_format=suggest_memory_format(x))
-
-
-def _dense(t: Tensor, like: Tensor) -> Tensor:
-    """The values of ``t`` in the memory order of ``like``: ``t`` itself where it has it."""
-    if t.stride() == like.stride():
-        return t
-    return torch.empty_like(like).copy_(t)
-
-
 def _values(weight: Tensor | None, kind: str, like: Tensor) -> Tensor | None:
     """A weight's values one after the other."""
     if weight is None:
         return None
-    return _dense(weight, like) if kind == "elementwise" else weight.contiguous()
-
-
-def _device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return dense(weight, like) if kind == "elementwise" else weight.contiguous()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _dispatch, _native
+from .. import _dispatch, _native, _triton
 from .._autograd import apply_function, is_plain_call, traced_to_aten
 from ..reference import batch_norm as reference
 from ..reference.activation import ACTIVATIONS, MASKED_ACTIVATIONS, SMOOTH_ACTIVATIONS
@@ -44,7 +44,7 @@ def check_arguments(
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if not eps >= 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    if math.isnan(momentum):
+    if momentum != momentum:  # NaN; torch.compile cannot trace math.isnan of a dynamic number
         raise ValueError("batch_norm momentum must be a number, but got nan")
     if not training:
         for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
@@ -214,6 +214,12 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return BatchNormFunction.backward_by(_native_backward, ctx, grad_y)
+
+    @staticmethod
+    def backward_by(
+        backward: Callable[..., Any], ctx: Any, grad_y: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if grad_y is None:
             return (None,) * 11
         x, residual, weight, bias, mean, invstd, mask = ctx.saved_tensors
@@ -226,13 +232,26 @@ class BatchNormFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             grads = backward_formulas(*saved, eps, activation, negative_slope, needed)
         else:
-            grads = _native_backward(*saved, activation, negative_slope, needed)
+            grads = backward(*saved, activation, negative_slope, needed)
         grad_x, grad_residual, grad_weight, grad_bias = (
             g if need else None for g, need in zip(grads, needed, strict=True)
         )
         if unchanged:
             grad_residual = grad_y
         return (grad_x, grad_residual, grad_weight, grad_bias, *[None] * 7)
+
+
+class TritonBatchNormFunction(BatchNormFunction):
+    """The same with the kernels of Triton: so backward keeps the choice made in forward."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _triton_forward(*args)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return BatchNormFunction.backward_by(_triton_backward, ctx, grad_y)
 
 
 def batch_norm(
@@ -282,6 +301,11 @@ def batch_norm(
         if not torch.jit.is_tracing():  # type: ignore[attr-defined]
             check_arguments(*args[:-1])
         return reference.batch_norm(*args)
+    if backend == "triton":
+        check_arguments(*args[:-1])
+        if torch.is_grad_enabled():
+            return apply_function(TritonBatchNormFunction, *args)[0]
+        return _triton_forward(*args)[0]
     if torch.is_grad_enabled():
         return apply_function(BatchNormFunction, *args)[0]
     return _native_forward(*args)[0]
@@ -479,15 +503,15 @@ def _fake_backward(
     )
 
 
+_fakes: dict[str, Callable[..., Any]] = {
+    "statistics": _fake_statistics,
+    "apply": _fake_apply,
+    "forward": _fake_forward,
+    "backward_reduce": _fake_backward_reduce,
+    "backward_apply": _fake_backward_apply,
+    "backward": _fake_backward,
+}
 if _native.module is not None:
-    _fakes: dict[str, Callable[..., Any]] = {
-        "statistics": _fake_statistics,
-        "apply": _fake_apply,
-        "forward": _fake_forward,
-        "backward_reduce": _fake_backward_reduce,
-        "backward_apply": _fake_backward_apply,
-        "backward": _fake_backward,
-    }
     for _phase, _fake in _fakes.items():
         torch.library.register_fake(f"resops::batch_norm_{_phase}", _fake)
     torch.library.impl(
@@ -498,3 +522,11 @@ if _native.module is not None:
     _native_forward = torch.ops.resops.batch_norm_forward.default
     _native_backward = torch.ops.resops.batch_norm_backward.default
     _native_batch_norm = _native.module.batch_norm
+
+_triton_ops = {
+    _phase: _triton.register(
+        "batch_norm", _phase, getattr(reference, f"batch_norm_{_phase}"), _fake
+    )
+    for _phase, _fake in _fakes.items()
+}
+_triton_forward, _triton_backward = _triton_ops["forward"], _triton_ops["backward"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _dispatch, _native
+from .. import _dispatch, _native, _triton
 from .._autograd import apply_function, is_plain_call, traced_to_aten
 from ..reference import residual_add as reference
 from ..reference.activation import MASKED_ACTIVATIONS, SMOOTH_ACTIVATIONS
@@ -212,6 +213,13 @@ class ResidualAddFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        native = torch.ops.resops.residual_add_backward
+        return ResidualAddFunction.backward_by(native, ctx, grad_y)
+
+    @staticmethod
+    def backward_by(
+        backward: Callable[..., Any], ctx: Any, grad_y: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if grad_y is None:
             return (None,) * 12
         x, residual, alpha, beta, mask = ctx.saved_tensors
@@ -232,7 +240,6 @@ class ResidualAddFunction(torch.autograd.Function):
         ]
         grads: tuple[Tensor, ...] = (grad_y,) * 4
         if any(computed):
-            backward: Any = torch.ops.resops.residual_add_backward
             if torch.is_grad_enabled():  # create_graph=True
                 backward = backward_formulas
             grads = backward(
@@ -258,6 +265,19 @@ class ResidualAddFunction(torch.autograd.Function):
             grads[3] if need_beta else None,
             *[None] * 8,
         )
+
+
+class TritonResidualAddFunction(ResidualAddFunction):
+    """The same with the kernels of Triton: so backward keeps the choice made in forward."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor] = _triton_forward(*args[:9])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return ResidualAddFunction.backward_by(_triton_backward, ctx, grad_y)
 
 
 def _memory_format(y: Tensor) -> torch.memory_format | None:
@@ -392,16 +412,20 @@ def residual_add(
         check_weight("alpha_backward", backward.alpha, x)
         check_weight("beta_backward", backward.beta, x)
 
-    if _dispatch.choose("residual_add", x) == "reference" or traced_to_aten():
+    chosen = _dispatch.choose("residual_add", x)
+    if chosen == "reference" or traced_to_aten():
         check_arguments(x, residual, *weights, activation)
         return reference.residual_add(
             x, residual, *_as_given(weights), activation, negative_slope, *_as_given(backward)
         )
+    triton = chosen == "triton"
+    if triton:
+        check_arguments(x, residual, *weights, activation)
     if torch.is_grad_enabled():
         tensors = (None, None) if backward is None else backward[:2]
         values = None if backward is None else backward[2:]
         return apply_function(
-            ResidualAddFunction,
+            TritonResidualAddFunction if triton else ResidualAddFunction,
             x,
             residual,
             *weights,
@@ -410,9 +434,8 @@ def residual_add(
             *tensors,
             values,
         )[0]
-    return torch.ops.resops.residual_add_forward(x, residual, *weights, activation, negative_slope)[
-        0
-    ]
+    forward = _triton_forward if triton else torch.ops.resops.residual_add_forward
+    return forward(x, residual, *weights, activation, negative_slope)[0]
 
 
 def _as_given(weights: _Weights | None) -> tuple[Any, Any]:
@@ -487,3 +510,8 @@ if _native.module is not None:
     torch.library.register_fake("resops::residual_add_forward", _fake_forward)
     torch.library.register_fake("resops::residual_add_backward", _fake_backward)
     _native_residual_add = _native.module.residual_add
+
+_triton_forward, _triton_backward = (
+    _triton.register("residual_add", phase, getattr(reference, f"residual_add_{phase}"), fake)
+    for phase, fake in (("forward", _fake_forward), ("backward", _fake_backward))
+)

@@ -11,13 +11,9 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import functools
-import importlib.util
 import itertools
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,7 +21,8 @@ import torch
 from torch import Tensor
 
 from resops.reference import residual_add as reference
-from tests.interpreter.test_residual_add import NAMES, WEIGHTINGS_IN_RULE_R
+from tests.interpreter.kernels import guarded_memory, import_kernels
+from tests.interpreter.test_residual_add import ACTIVATIONS, NAMES, WEIGHTINGS_IN_RULE_R
 from tests.ops.residual_add_oracle import (
     WEIGHTINGS,
     ResidualAddCase,
@@ -35,31 +32,17 @@ from tests.ops.residual_add_oracle import (
 )
 from tests.tensors import in_layout
 
-ACTIVATIONS = ("identity", "relu", "leaky_relu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def import_kernels() -> ModuleType:
-    """resops.triton_kernels.residual_add; from the clone's folder where nothing is installed."""
-    if importlib.util.find_spec("resops.triton_kernels") is None:
-        folder = Path(__file__).resolve().parents[2] / "triton_kernels"
-        spec = importlib.util.spec_from_file_location(
-            "resops.triton_kernels",
-            folder / "__init__.py",
-            submodule_search_locations=[str(folder)],
-        )
-        assert spec is not None and spec.loader is not None
-        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[spec.name])
-    return importlib.import_module("resops.triton_kernels.residual_add")
-
-
-kernels = import_kernels()
+kernels = import_kernels("residual_add")
 
 
 def check(case: ResidualAddCase) -> None:
     """Rule R, the mask of the definition bit for bit, and its sizes, dtypes and strides."""
-    ours, defined = run_ops(case, kernels), run_ops(case, reference)
+    with guarded_memory():
+        ours = run_ops(case, kernels)
+    defined = run_ops(case, reference)
     assert ours.keys() == defined.keys()
     for name, t in ours.items():
         other = defined[name]
@@ -145,7 +128,7 @@ def refused() -> None:
         return kernels.residual_add_forward(x, r, a, b, 1.0, 1.0, **flags)
 
     raises(NotImplementedError, "torch.float64", lambda: forward(x.double(), x.double()))
-    raises(NotImplementedError, "gelu", lambda: forward(activation="gelu"))
+    raises(NotImplementedError, "mish", lambda: forward(activation="mish"))
     raises(ValueError, "residual should be", lambda: forward(r=torch.ones(2)))
     raises(ValueError, "residual should be", lambda: forward(r=x.half()))
     raises(ValueError, "alpha should have 1 element", lambda: forward(a=torch.ones(3)))

@@ -12,8 +12,9 @@ from tests.subprocess_calls import Outcome, run_calls
 
 MODULE = "tests.interpreter.residual_add_calls"
 WEIGHTINGS_IN_RULE_R = ("plain", "scalars", "per_sample_complement", "gate_per_sample", "carry")
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu")
 NAMES = [
-    *(f"rule_R-{w}-{a}" for w in WEIGHTINGS_IN_RULE_R for a in ("identity", "relu", "leaky_relu")),
+    *(f"rule_R-{w}-{a}" for w in WEIGHTINGS_IN_RULE_R for a in ACTIVATIONS),
     "rule_R-gate_complement-relu",
     "exact_sums",
     "same_bits_every_time",

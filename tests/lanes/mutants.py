@@ -386,8 +386,8 @@ MUTANTS = [
         "only calls torch",
         Edit(
             "resops/_dispatch.py",
-            '"native" if refusal("native", op, x) is None else "reference"',
-            '"reference"',
+            'refusal("native", op, x) is None',
+            "False",
         ),
         f"{DISPATCH}::test_backends",
         f"{NUMERICS}::test_zero_weight",

@@ -1,0 +1,70 @@
+"""The Triton kernels of an op, and memory in which a write outside of an output is seen."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.tensors import Guarded
+
+MARGIN = 64  # elements; a multiple of 16, so that memory is aligned as torch aligns it
+_ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "zeros", "new_zeros"}
+
+
+def import_kernels(op: str) -> Any:
+    """resops.triton_kernels.<op>; from the clone's folder where nothing is installed."""
+    if importlib.util.find_spec("resops.triton_kernels") is None:
+        folder = Path(__file__).resolve().parents[2] / "triton_kernels"
+        spec = importlib.util.spec_from_file_location(
+            "resops.triton_kernels",
+            folder / "__init__.py",
+            submodule_search_locations=[str(folder)],
+        )
+        assert spec is not None and spec.loader is not None
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+    return importlib.import_module(f"resops.triton_kernels.{op}")
+
+
+class _Guards(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.guarded: list[Guarded] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if name not in _ALLOCATE or made.numel() == 0:
+            return made
+        extent = made.untyped_storage().nbytes() // made.element_size()
+        poison = math.nan if made.dtype.is_floating_point else 255
+        buffer = torch.full((extent + 2 * MARGIN,), poison, dtype=made.dtype)
+        view = buffer.as_strided(made.size(), made.stride(), MARGIN)
+        if "zeros" in name:
+            view.copy_(made)
+        guard = Guarded(view, buffer, buffer[:0])
+        guard.remember()
+        self.guarded.append(guard)
+        return view
+
+
+@contextmanager
+def guarded_memory() -> Iterator[None]:
+    """Memory that is allocated inside is poisoned and has margins, which are untouched at the end.
+
+    Raises:
+        AssertionError: something was written outside of a tensor.
+    """
+    with _Guards() as guards:
+        yield
+    for guard in guards.guarded:
+        guard.assert_margins_untouched()

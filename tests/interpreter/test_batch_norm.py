@@ -1,0 +1,38 @@
+"""The Triton kernels of batch_norm, run by Triton's interpreter in a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.subprocess_calls import Outcome, run_calls
+
+MODULE = "tests.interpreter.batch_norm_calls"
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu")
+NAMES = [
+    *(f"rule_R-{a}-{layout}" for a in ACTIVATIONS for layout in ("contiguous", "channels_last")),
+    "phases",
+    "every_layout",
+    "parameters",
+    "exact_data",
+    "constant_channels",
+    "any_number_of_programs",
+    "large_means",
+    "nan_and_infinity",
+    "zero_and_nan_at_relu",
+    "mask_of_the_definition",
+    "same_bits_every_time",
+    "empty_and_one",
+    "only_what_is_asked_for",
+    "refused",
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Outcome]:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return run_calls(MODULE, NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interpreted(name: str, outcomes: dict[str, Outcome]) -> None:
+    assert outcomes[name] == Outcome(None, "")

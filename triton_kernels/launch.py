@@ -1,0 +1,46 @@
+"""What every launcher needs: dense operands in the memory order of the output, and its device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def empty_output(x: Tensor) -> Tensor:
+    """As resops.reference.layout.empty_output."""
+    if x.dim() == 3 and x.size(1) > 1 and x.size(2) > 1:
+        strides = (x.size(1) * x.size(2), 1, x.size(1))
+        if x.stride() == strides:
+            return torch.empty_strided(x.size(), strides, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=suggest_memory_format(x))
+
+
+def dense(t: Tensor, like: Tensor) -> Tensor:
+    """The values of ``t`` in the memory order of ``like``: ``t`` itself where it has it."""
+    if t.stride() == like.stride():
+        return t
+    return torch.empty_like(like).copy_(t)
+
+
+def device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def check_like(op: str, like: Tensor, **tensors: Tensor | None) -> None:
+    """Raise unless the kernels take the dtype of ``like``, and all tensors are like it."""
+    if like.dtype not in DTYPES:
+        raise NotImplementedError(f'"{op}" of triton not implemented for {like.dtype}')
+    for name, t in tensors.items():
+        if t is not None and (
+            (t.shape, t.dtype, t.device) != (like.shape, like.dtype, like.device)
+        ):
+            raise ValueError(
+                f"{name} should be {like.dtype} of size {list(like.shape)} on {like.device}, but "
+                f"got {t.dtype} of size {list(t.shape)} on {t.device}"
+            )
