@@ -19,13 +19,23 @@ from . import _native
 
 BACKENDS = ("native", "triton", "reference")
 _CHOICES = ("auto", *BACKENDS)
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# device type -> dtypes that the native kernels take there
+_NATIVE_DTYPES = {"cpu": (*_CUDA_DTYPES, torch.float64), "cuda": _CUDA_DTYPES}
+
+
+def _native_devices() -> frozenset[str]:
+    """Device types that the extension has kernels for: CUDA is an option of the build."""
+    if _native.module is None or _native.module.build_info()["cuda architectures"] == "none":
+        return frozenset({"cpu"})
+    return frozenset({"cpu", "cuda"})
+
 
 # op -> device types for which the backend has kernels. The reference takes everything.
 _KERNELS: dict[str, dict[str, frozenset[str]]] = {
     "native": {
-        "batch_norm": frozenset({"cpu"}),
-        "residual_add": frozenset({"cpu"}),
+        "batch_norm": _native_devices(),
+        "residual_add": _native_devices(),
     },
     "triton": {},
 }
@@ -106,11 +116,22 @@ def refusal(backend: str, op: str, x: torch.Tensor) -> str | None:
     devices = _KERNELS[backend].get(op)
     if devices is None or _native.error is not None:
         return unavailable_reason(backend, op)
-    if x.device.type not in devices:
-        return f"the {backend} {op} has no kernel for {x.device.type} tensors"
-    if x.dtype not in _NATIVE_DTYPES:
-        return f"the {backend} {op} does not take {x.dtype}"
+    device = x.device.type
+    if device not in devices:
+        reason = f"the {backend} {op} has no kernel for {device} tensors"
+        return reason + _without_cuda() if (backend, device) == ("native", "cuda") else reason
+    if x.dtype not in _NATIVE_DTYPES[device]:
+        return f"the {backend} {op} does not take {x.dtype} on {device}"
     return None
+
+
+def _without_cuda() -> str:
+    """Why the extension has no CUDA kernels, and what to do: the rest of a sentence."""
+    assert _native.module is not None
+    return (
+        f": the extension was built without CUDA ({_native.module.build_info()['cuda']}); "
+        "with nvcc, run `RESOPS_CUDA=1 pip install --no-build-isolation .` in the source tree"
+    )
 
 
 def choose(op: str, x: torch.Tensor) -> str:
