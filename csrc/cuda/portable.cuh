@@ -318,9 +318,11 @@ template <class V>
 __device__ __forceinline__ V load_cs(const void* pointer) {
   return __ldcs(static_cast<const V*>(pointer));
 }
+// Not an assignment: of a vector type the compiler makes four stores, unless it finds that it need
+// not. (__stwb is the store with the default cache policy.)
 template <class V>
 __device__ __forceinline__ void store(void* pointer, V v) {
-  *static_cast<V*>(pointer) = v;
+  __stwb(static_cast<V*>(pointer), v);
 }
 template <class V>
 __device__ __forceinline__ void store_cs(void* pointer, V v) {

@@ -1,5 +1,5 @@
-"""The CUDA ops as torch sees them, with the emulator in place of a GPU: arguments, layouts, outputs
-and their strides, against the oracles of the CPU ops, by rule R."""
+"""The CUDA ops as torch sees them, run by the emulator, and on a GPU where there is one: arguments,
+layouts, outputs and their strides, against the oracles of the CPU ops, by rule R."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from resops import _dispatch
 from resops.ops import batch_norm as batch_norm_op
+from tests.gpu.device_ops import DeviceOps
 from tests.ops import batch_norm_oracle, residual_add_oracle
 from tests.tensors import LAYOUTS, exact_batch, guarded, in_layout, ulps_apart
 
@@ -22,8 +24,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(3, 5), (2, 3, 9), (2, 17, 5, 3), (3, 1, 4, 4), (2, 16, 4, 4), (2, 3, 2, 3, 5)]
 
 
-@pytest.fixture(scope="module")
-def ops() -> Any:
+@pytest.fixture(scope="module", params=["emulator", "cuda"])
+def ops(request: pytest.FixtureRequest) -> Any:
+    if request.param == "cuda":
+        if not (torch.cuda.is_available() and "cuda" in _dispatch._KERNELS["native"]["batch_norm"]):
+            pytest.skip("no GPU, or the extension was built without CUDA")
+        return DeviceOps("cuda")
     reason = emulator.missing("plain")
     if reason is not None:
         pytest.skip(reason)

@@ -5,11 +5,6 @@
 
 namespace {
 
-#ifdef SIMT_TSAN
-constexpr bool kThreadSanitizer = true;
-#else
-constexpr bool kThreadSanitizer = false;
-#endif
 constexpr DType kTypes[] = {DType::f32, DType::bf16, DType::f16};
 constexpr Activation kActivations[] = {Activation::identity, Activation::relu,
                                        Activation::leaky_relu, Activation::silu, Activation::gelu};
@@ -29,7 +24,7 @@ void shapes() {
     for (const Size& s : sizes) {
       for (const bool channels_last : {true, false}) {
         Config c{dtype, s.samples, s.channels, s.spatial, channels_last};
-        if (!kThreadSanitizer) run(c);  // slow, and finds the same with a residual
+        if (!kSlowEmulator) run(c);  // slow, and finds the same with a residual
         c.residual = true;
         run(c);
       }
@@ -98,16 +93,24 @@ void means() {
   }
 }
 
+// More samples than a grid has blocks in y.
+void large_batch() {
+  if (kSlowEmulator) return;
+  for (const bool channels_last : {true, false}) {
+    run({DType::f32, 131073, 2, 3, channels_last, Activation::relu, true});
+  }
+  run({DType::bf16, 131073, 1, 1, true});
+}
+
 struct Statistics {
-  std::vector<float> mean, var;
+  Buffer mean, var;
 };
 Statistics statistics_of(const BatchNormShape& shape, Buffer& x) {
-  Buffer workspace(DType::f32, cuda::batch_norm_workspace(shape));
-  Statistics s{std::vector<float>(static_cast<size_t>(shape.channels)),
-               std::vector<float>(static_cast<size_t>(shape.channels))};
-  cuda::launch_batch_norm_statistics(shape, x.data(), workspace.as<float>(),
-                                     {s.mean.data(), s.var.data(), nullptr, 1e-5, {}, {}, 0},
-                                     nullptr);
+  Buffer workspace(DType::f32, gpu::batch_norm_workspace(shape));
+  Statistics s{Buffer(DType::f32, shape.channels), Buffer(DType::f32, shape.channels)};
+  gpu::launch_batch_norm_statistics(
+      shape, x.data(), workspace.as<float>(),
+      {s.mean.as<float>(), s.var.as<float>(), nullptr, 1e-5, {}, {}, 0}, nullptr);
   return s;
 }
 
@@ -137,9 +140,8 @@ void exact_statistics() {
           for (const double v : values) sum += v;
           const double mean = k == 0 ? values[0] : sum / static_cast<double>(m);
           for (const double v : values) square += (v - mean) * (v - mean);
-          CHECK(s.mean[static_cast<size_t>(k)] == static_cast<float>(mean));
-          CHECK(s.var[static_cast<size_t>(k)] ==
-                static_cast<float>(k == 0 ? 0 : square / static_cast<double>(m)));
+          CHECK(s.mean[k] == static_cast<float>(mean));
+          CHECK(s.var[k] == static_cast<float>(k == 0 ? 0 : square / static_cast<double>(m)));
         }
       }
     }
@@ -167,8 +169,8 @@ void outliers() {
         if ((channels_last ? i % 3 : i / 400 % 3) != k) continue;
         square += (x[i] - sum / m) * (x[i] - sum / m);
       }
-      CHECK(std::abs(s.mean[static_cast<size_t>(k)] - sum / m) <= 8 * 0x1p-24 * absolute / m);
-      CHECK(std::abs(s.var[static_cast<size_t>(k)] - square / m) <= 8 * 0x1p-24 * square / m);
+      CHECK(std::abs(s.mean[k] - sum / m) <= 8 * 0x1p-24 * absolute / m);
+      CHECK(std::abs(s.var[k] - square / m) <= 8 * 0x1p-24 * square / m);
     }
     for (const double value : {static_cast<double>(INFINITY), static_cast<double>(NAN)}) {
       Buffer x(DType::f32, shape.numel());
@@ -214,7 +216,7 @@ void corners() {
         const double d = x[index(j / kPlane, k, j % kPlane)] - sum / m;
         square += d * d;
       }
-      CHECK(std::abs(got.var[static_cast<size_t>(k)] - square / m) <= 0x1p-21 * square / m);
+      CHECK(std::abs(got.var[k] - square / m) <= 0x1p-21 * square / m);
     }
   }
 }
@@ -231,23 +233,27 @@ void special_values() {
         const BatchNormShape shape{DType::f32, 1, 2, count, channels_last};
         Buffer x(DType::f32, 2 * count), zero(DType::f32, 2 * count), y(DType::f32, 2 * count);
         Buffer grad(DType::f32, 2 * count), grad_x(DType::f32, 2 * count);
-        std::vector<float> mean(2, 0.0f), invstd(2, 1.0f);
-        std::vector<uint8_t> mask(8);
+        Buffer mean(DType::f32, 2), invstd(DType::f32, 2), mask(DType::f16, 4);
+        for (int64_t k = 0; k < 2; ++k) {
+          mean.set(k, 0);
+          invstd.set(k, 1);
+        }
         for (int64_t i = 0; i < 2 * count; ++i) {
           x.as<float>()[i] = values[channels_last ? i / 2 : i % count];
           zero.set(i, 0);
           grad.set(i, 1);
         }
-        const cuda::BatchNormAffine affine{mean.data(), invstd.data(), {}, {}};
-        cuda::launch_batch_norm_apply(
+        const gpu::BatchNormAffine affine{mean.as<float>(), invstd.as<float>(), {}, {}};
+        gpu::launch_batch_norm_apply(
             shape,
             {affine, activation, 0.5f, x.data(), with_residual ? zero.data() : nullptr, y.data(),
-             mask.data()},
+             mask.as<uint8_t>()},
             {}, nullptr);
-        const cuda::BatchNormGradient call{
-            affine, activation, 0.5f, grad.data(), x.data(), with_residual ? mask.data() : nullptr,
-            nullptr};
-        cuda::launch_batch_norm_backward_apply(
+        const gpu::BatchNormGradient call{affine,   activation,
+                                          0.5f,     grad.data(),
+                                          x.data(), with_residual ? mask.as<uint8_t>() : nullptr,
+                                          nullptr};
+        gpu::launch_batch_norm_backward_apply(
             shape, call, {nullptr, nullptr, 0, grad_x.data(), nullptr}, {}, nullptr);
         const double slope = activation == Activation::relu ? 0 : 0.5;
         for (int64_t i = 0; i < 2 * count; ++i) {
@@ -264,6 +270,7 @@ void special_values() {
   }
 }
 
+#ifdef RESOPS_SIMT  // only the emulator counts
 // Sectors that the passes move, against those of the tensors that they have to move.
 void traffic() {
   struct Layout {
@@ -282,12 +289,12 @@ void traffic() {
         y(l.dtype, shape.numel(), 0), grad(l.dtype, shape.numel(), 0);
     Buffer mean(DType::f32, l.channels), invstd(DType::f32, l.channels);
     Buffer mask(DType::f16, (shape.mask_bytes() + 1) / 2, 0);
-    Buffer workspace(DType::f32, cuda::batch_norm_workspace(shape));
+    Buffer workspace(DType::f32, gpu::batch_norm_workspace(shape));
     for (int64_t i = 0; i < shape.numel(); ++i) {
       x.set(i, static_cast<double>(i % 5));
       residual.set(i, static_cast<double>(i % 3));
     }
-    const cuda::BatchNormAffine affine{mean.as<float>(), invstd.as<float>(), {}, {}};
+    const gpu::BatchNormAffine affine{mean.as<float>(), invstd.as<float>(), {}, {}};
     const auto measure = [&](const char* pass, double least, auto launch) {
       simt::reset_launches();
       launch();
@@ -298,32 +305,32 @@ void traffic() {
       check_traffic(name, least);
     };
     measure("statistics", bytes, [&] {
-      cuda::launch_batch_norm_statistics(
+      gpu::launch_batch_norm_statistics(
           shape, x.data(), workspace.as<float>(),
           {mean.as<float>(), nullptr, invstd.as<float>(), 1e-5, {}, {}, 0}, nullptr);
     });
     measure("apply", 2 * bytes, [&] {
-      cuda::launch_batch_norm_apply(
+      gpu::launch_batch_norm_apply(
           shape, {affine, Activation::relu, 0, x.data(), nullptr, y.data(), nullptr}, {}, nullptr);
     });
     measure("apply, residual", 3 * bytes + bits, [&] {
-      cuda::launch_batch_norm_apply(
+      gpu::launch_batch_norm_apply(
           shape,
           {affine, Activation::relu, 0, x.data(), residual.data(), y.data(), mask.as<uint8_t>()},
           {}, nullptr);
     });
     for (const bool masked : {false, true}) {
-      const cuda::BatchNormGradient call{
+      const gpu::BatchNormGradient call{
           affine, Activation::relu, 0, y.data(), x.data(), masked ? mask.as<uint8_t>() : nullptr,
           nullptr};
       measure(masked ? "reduce, mask" : "reduce", 2 * bytes + (masked ? bits : 0), [&] {
-        cuda::launch_batch_norm_backward_reduce(
+        gpu::launch_batch_norm_backward_reduce(
             shape, call, workspace.as<float>(),
             {mean.as<float>(), invstd.as<float>(), nullptr, nullptr}, nullptr);
       });
       measure(masked ? "backward apply, mask" : "backward apply",
               masked ? 4 * bytes + bits : 3 * bytes, [&] {
-                cuda::launch_batch_norm_backward_apply(
+                gpu::launch_batch_norm_backward_apply(
                     shape, call,
                     {mean.as<float>(), invstd.as<float>(), 1, grad.data(),
                      masked ? residual.data() : nullptr},
@@ -332,12 +339,23 @@ void traffic() {
     }
   }
 }
+#endif
 
 const Cases kCases = {
-    {"shapes", shapes},     {"flags", flags},     {"parameters", parameters},
-    {"walks", walks},       {"means", means},     {"exact_statistics", exact_statistics},
-    {"outliers", outliers}, {"corners", corners}, {"special_values", special_values},
-    {"traffic", traffic}};
+#ifdef RESOPS_SIMT
+    {"traffic", traffic},
+#endif
+    {"shapes", shapes},
+    {"flags", flags},
+    {"large_batch", large_batch},
+    {"parameters", parameters},
+    {"walks", walks},
+    {"means", means},
+    {"exact_statistics", exact_statistics},
+    {"outliers", outliers},
+    {"corners", corners},
+    {"special_values", special_values},
+};
 
 }  // namespace
 

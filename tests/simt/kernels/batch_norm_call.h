@@ -7,7 +7,8 @@
 #include "tensors.h"
 
 using namespace resops;
-using cuda::BatchNormShape;
+namespace gpu = resops::cuda;  // `cuda` alone is the toolkit's
+using gpu::BatchNormShape;
 
 struct Config {
   DType dtype;
@@ -115,7 +116,7 @@ class Call {
     }
   }
 
-  cuda::BatchNormAffine affine(const Buffer& mean_, const Buffer& invstd_) {
+  gpu::BatchNormAffine affine(const Buffer& mean_, const Buffer& invstd_) {
     const bool is_float = parameter == DType::f32;
     return {const_cast<Buffer&>(mean_).as<float>(),
             const_cast<Buffer&>(invstd_).as<float>(),
@@ -142,27 +143,27 @@ class Call {
   }
 
   void run_forward() {
-    Buffer workspace(DType::f32, cuda::batch_norm_workspace(shape));
+    Buffer workspace(DType::f32, gpu::batch_norm_workspace(shape));
     Buffer variance(DType::f32, c.channels);
     const Buffer old_mean = running_mean, old_var = running_var;
     const bool is_float = parameter == DType::f32;
-    cuda::BatchNormStatistics out{mean_out.as<float>(),
-                                  nullptr,
-                                  invstd_out.as<float>(),
-                                  kEps,
-                                  {running_mean.data(), is_float, 1},
-                                  {running_var.data(), is_float, 1},
-                                  kMomentum};
+    gpu::BatchNormStatistics out{mean_out.as<float>(),
+                                 nullptr,
+                                 invstd_out.as<float>(),
+                                 kEps,
+                                 {running_mean.data(), is_float, 1},
+                                 {running_var.data(), is_float, 1},
+                                 kMomentum};
     if (c.training) {
       out.var = variance.as<float>();
-      cuda::launch_batch_norm_statistics(shape, x.data(), workspace.as<float>(), out, nullptr);
+      gpu::launch_batch_norm_statistics(shape, x.data(), workspace.as<float>(), out, nullptr);
       // Rule R has no var; this is what it asks of invstd, whose relative error is half of var's.
       std::vector<double> twice = var;
       for (double& v : twice) v *= 2;
       check_channels("var", variance, var, twice);
       check_running(old_mean, old_var);
     } else {
-      cuda::launch_batch_norm_frozen(c.channels, c.dtype, out, nullptr);
+      gpu::launch_batch_norm_frozen(c.channels, c.dtype, out, nullptr);
     }
     workspace.check_margins("workspace");
     check_channels("mean", mean_out, mean, mean_terms);
@@ -174,14 +175,14 @@ class Call {
     if (shape.numel() == 0) return;
 
     Buffer y(c.dtype, shape.numel());
-    cuda::BatchNormApply call{affine(mean_out, invstd_out),
-                              c.activation,
-                              kSlope,
-                              x.data(),
-                              c.residual ? residual.data() : nullptr,
-                              y.data(),
-                              masked() ? mask.as<uint8_t>() : nullptr};
-    cuda::launch_batch_norm_apply(shape, call, {c.reverse, c.blocks}, nullptr);
+    gpu::BatchNormApply call{affine(mean_out, invstd_out),
+                             c.activation,
+                             kSlope,
+                             x.data(),
+                             c.residual ? residual.data() : nullptr,
+                             y.data(),
+                             masked() ? mask.as<uint8_t>() : nullptr};
+    gpu::launch_batch_norm_apply(shape, call, {c.reverse, c.blocks}, nullptr);
     Exact exact(shape.numel());
     for (int64_t i = 0; i < shape.numel(); ++i) {
       exact.set(i, channel(i), activation_at(c.activation, z(i), kSlope).value, z_terms(i));
@@ -250,22 +251,22 @@ class Call {
       product[k] += g[at(i)] * xhat(i);
       product_terms[k] += g_terms[at(i)] * std::abs(xhat(i));
     }
-    cuda::BatchNormGradient call{affine(mean_out, invstd_out),
-                                 c.activation,
-                                 kSlope,
-                                 grad_y.data(),
-                                 x.data(),
-                                 masked() ? mask.as<uint8_t>() : nullptr,
-                                 c.residual && is_smooth(c.activation) ? residual.data() : nullptr};
-    Buffer workspace(DType::f32, cuda::batch_norm_workspace(shape));
+    gpu::BatchNormGradient call{affine(mean_out, invstd_out),
+                                c.activation,
+                                kSlope,
+                                grad_y.data(),
+                                x.data(),
+                                masked() ? mask.as<uint8_t>() : nullptr,
+                                c.residual && is_smooth(c.activation) ? residual.data() : nullptr};
+    Buffer workspace(DType::f32, gpu::batch_norm_workspace(shape));
     Buffer sum_grad(DType::f32, c.channels), sum_grad_xhat(DType::f32, c.channels);
     Buffer grad_bias(parameter, c.channels), grad_weight(parameter, c.channels);
-    cuda::BatchNormSums sums{sum_grad.as<float>(), sum_grad_xhat.as<float>(), nullptr, nullptr};
+    gpu::BatchNormSums sums{sum_grad.as<float>(), sum_grad_xhat.as<float>(), nullptr, nullptr};
     if (c.half_parameters) {
       sums.grad_bias = grad_bias.data();
       sums.grad_weight = grad_weight.data();
     }
-    cuda::launch_batch_norm_backward_reduce(shape, call, workspace.as<float>(), sums, nullptr);
+    gpu::launch_batch_norm_backward_reduce(shape, call, workspace.as<float>(), sums, nullptr);
     workspace.check_margins("workspace");
     check_channels("sum_grad", sum_grad, sum, sum_terms);
     check_channels("sum_grad_xhat", sum_grad_xhat, product, product_terms);
@@ -278,12 +279,12 @@ class Call {
     const double m = static_cast<double>(shape.count());
     for (const bool want_x : {true, false}) {
       Buffer grad_x(c.dtype, shape.numel()), grad_residual(c.dtype, shape.numel());
-      cuda::BatchNormGradientOut out{sum_grad.as<float>(), sum_grad_xhat.as<float>(),
-                                     static_cast<float>(1 / m), want_x ? grad_x.data() : nullptr,
-                                     c.residual ? grad_residual.data() : nullptr};
+      gpu::BatchNormGradientOut out{sum_grad.as<float>(), sum_grad_xhat.as<float>(),
+                                    static_cast<float>(1 / m), want_x ? grad_x.data() : nullptr,
+                                    c.residual ? grad_residual.data() : nullptr};
       if (!c.training) out.sum_grad = out.sum_grad_xhat = nullptr;
       if (!want_x && !c.residual) break;
-      cuda::launch_batch_norm_backward_apply(shape, call, out, {c.reverse, c.blocks}, nullptr);
+      gpu::launch_batch_norm_backward_apply(shape, call, out, {c.reverse, c.blocks}, nullptr);
       Exact exact(shape.numel()), exact_residual(shape.numel());
       const double correction = c.training ? 1 / m : 0;
       for (int64_t i = 0; i < shape.numel(); ++i) {

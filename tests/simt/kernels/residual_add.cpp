@@ -6,6 +6,7 @@
 #include "tensors.h"
 
 using namespace resops;
+namespace gpu = resops::cuda;  // `cuda` alone is the toolkit's
 
 namespace {
 
@@ -48,7 +49,7 @@ struct Weight {
   }
   double at(int64_t i) const { return kind == Kind::constant ? kConstant : values[index(i)]; }
 
-  cuda::ResidualAddWeight argument() {
+  gpu::ResidualAddWeight argument() {
     return {kind == Kind::elementwise ? values.data() : nullptr,
             kind == Kind::scalar || kind == Kind::per_sample ? values.data() : nullptr, is_float,
             kind == Kind::per_sample, static_cast<float>(kConstant)};
@@ -93,15 +94,14 @@ void run(const Config& c) {
   };
 
   // ---- forward
-  const cuda::ResidualAddShape shape{c.dtype, c.samples, c.length};
-  cuda::ResidualAddWeights weights{alpha.argument(), beta.argument(), c.complement};
+  const gpu::ResidualAddShape shape{c.dtype, c.samples, c.length};
+  gpu::ResidualAddWeights weights{alpha.argument(), beta.argument(), c.complement};
   if (c.complement) {  // as the bindings say it
     weights.beta = {nullptr, nullptr, true, false, static_cast<float>(1 - Weight::kConstant)};
   }
-  cuda::launch_residual_add_forward(
-      {shape, weights, c.activation, kSlope, x.data(), residual.data(), y.data(),
-       masked ? mask.as<uint8_t>() : nullptr},
-      nullptr);
+  gpu::launch_residual_add_forward({shape, weights, c.activation, kSlope, x.data(), residual.data(),
+                                    y.data(), masked ? mask.as<uint8_t>() : nullptr},
+                                   nullptr);
   Exact exact(numel);
   for (int64_t i = 0; i < numel; ++i) {
     exact.set(i, 0, activation_at(c.activation, z(i), kSlope).value, z_terms(i));
@@ -139,7 +139,7 @@ void run(const Config& c) {
   const bool want_beta = c.want_beta && c.beta != Kind::constant && !c.complement;
   const bool smooth = is_smooth(c.activation);
   Buffer grad_x(c.dtype, numel), grad_residual(c.dtype, numel);
-  const cuda::ResidualAddBackward call{
+  const gpu::ResidualAddBackward call{
       shape,
       weights,
       c.activation,
@@ -152,8 +152,8 @@ void run(const Config& c) {
       c.want_residual ? grad_residual.data() : nullptr,
       want_alpha ? alpha.grad.data() : nullptr,
       want_beta ? beta.grad.data() : nullptr};
-  Buffer workspace(DType::f32, cuda::residual_add_workspace(call));
-  cuda::launch_residual_add_backward(call, workspace.as<float>(), nullptr);
+  Buffer workspace(DType::f32, gpu::residual_add_workspace(call));
+  gpu::launch_residual_add_backward(call, workspace.as<float>(), nullptr);
   workspace.check_margins("workspace");
   Exact for_x(numel), for_residual(numel);
   for (int64_t i = 0; i < numel; ++i) {
@@ -233,11 +233,18 @@ void wanted() {
   }
 }
 
+// More samples than a grid has blocks in y.
+void large_batch() {
+  if (kSlowEmulator) return;
+  run({DType::f32, 65537, 3, Activation::relu, Kind::per_sample, Kind::scalar});
+}
+
+#ifdef RESOPS_SIMT  // only the emulator counts
 // Sectors that the passes move, against those of the tensors that they have to move.
 void traffic() {
   for (const DType dtype : {DType::f32, DType::bf16}) {
     for (const Kind kind : {Kind::constant, Kind::per_sample, Kind::elementwise}) {
-      const cuda::ResidualAddShape shape{dtype, 4, 50176};
+      const gpu::ResidualAddShape shape{dtype, 4, 50176};
       const double bytes = static_cast<double>(shape.numel()) * (dtype == DType::f32 ? 4 : 2);
       const double bits = static_cast<double>(shape.numel()) / 8;
       const bool tensor = kind == Kind::elementwise, weighted = kind != Kind::constant;
@@ -247,40 +254,44 @@ void traffic() {
       Buffer x(dtype, shape.numel(), 0), residual(dtype, shape.numel(), 0),
           y(dtype, shape.numel(), 0), grad(dtype, shape.numel(), 0),
           mask(DType::f16, shape.numel() / 16, 0);
-      const cuda::ResidualAddWeights weights{
+      const gpu::ResidualAddWeights weights{
           weight.argument(), {nullptr, nullptr, true, false, 1}, false};
       const std::string name =
           std::string(name_of(dtype)) + " weight " + std::to_string(static_cast<int>(kind));
       simt::reset_launches();
-      cuda::launch_residual_add_forward({shape, weights, Activation::relu, 0, x.data(),
-                                         residual.data(), y.data(), mask.as<uint8_t>()},
-                                        nullptr);
+      gpu::launch_residual_add_forward({shape, weights, Activation::relu, 0, x.data(),
+                                        residual.data(), y.data(), mask.as<uint8_t>()},
+                                       nullptr);
       check_traffic("forward " + name, (tensor ? 4 : 3) * bytes + bits);
-      const cuda::ResidualAddBackward call{shape,
-                                           weights,
-                                           Activation::relu,
-                                           0,
-                                           grad.data(),
-                                           weighted ? x.data() : nullptr,
-                                           nullptr,
-                                           mask.as<uint8_t>(),
-                                           y.data(),
-                                           residual.data(),
-                                           weighted ? weight.grad.data() : nullptr,
-                                           nullptr};
-      Buffer workspace(DType::f32, cuda::residual_add_workspace(call));
+      const gpu::ResidualAddBackward call{shape,
+                                          weights,
+                                          Activation::relu,
+                                          0,
+                                          grad.data(),
+                                          weighted ? x.data() : nullptr,
+                                          nullptr,
+                                          mask.as<uint8_t>(),
+                                          y.data(),
+                                          residual.data(),
+                                          weighted ? weight.grad.data() : nullptr,
+                                          nullptr};
+      Buffer workspace(DType::f32, gpu::residual_add_workspace(call));
       simt::reset_launches();
-      cuda::launch_residual_add_backward(call, workspace.as<float>(), nullptr);
+      gpu::launch_residual_add_backward(call, workspace.as<float>(), nullptr);
       check_traffic("backward " + name, (tensor ? 6 : weighted ? 4 : 3) * bytes + bits);
     }
   }
 }
+#endif
 
-const Cases kCases = {{"shapes", shapes},
-                      {"flags", flags},
-                      {"half_weights", half_weights},
-                      {"wanted", wanted},
-                      {"traffic", traffic}};
+const Cases kCases = {
+#ifdef RESOPS_SIMT
+    {"traffic", traffic},
+#endif
+    {"shapes", shapes},           {"flags", flags},
+    {"large_batch", large_batch}, {"half_weights", half_weights},
+    {"wanted", wanted},
+};
 
 }  // namespace
 

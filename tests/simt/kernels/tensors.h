@@ -1,5 +1,7 @@
 // What the programs of this folder share: tensors between guard bands, and rule R
-// (tests/accuracy.py) against exact values in double.
+// (tests/accuracy.py) against exact values in double. Compiled by nvcc, without RESOPS_SIMT, the
+// same programs run on a GPU (bench/gpu_gate.py): tensors are then in memory that host and device
+// share, and CUDA_LAUNCH_BLOCKING=1 must be set.
 
 #pragma once
 
@@ -19,6 +21,33 @@
 
 using resops::Activation;
 using resops::DType;
+
+// Under a sanitizer a CUDA thread costs ten times as much and more: large cases are left out.
+#if defined(SIMT_ASAN) || defined(SIMT_TSAN)
+constexpr bool kSlowEmulator = true;
+#else
+constexpr bool kSlowEmulator = false;
+#endif
+
+#ifdef RESOPS_SIMT
+template <class T>
+using Memory = std::allocator<T>;
+#else
+template <class T>
+struct Memory {
+  using value_type = T;
+  Memory() = default;
+  template <class U>
+  Memory(const Memory<U>&) {}
+  T* allocate(size_t count) {
+    void* p = nullptr;
+    RESOPS_CUDA_CHECK(cudaMallocManaged(&p, count * sizeof(T)));
+    return static_cast<T*>(p);
+  }
+  void deallocate(T* p, size_t) { cudaFree(p); }
+  friend bool operator==(const Memory&, const Memory&) { return true; }
+};
+#endif
 
 // Values of one dtype between margins that hold NaN, and which nothing may overwrite.
 class Buffer {
@@ -85,7 +114,7 @@ class Buffer {
 
   DType dtype_;
   int64_t size_, offset_;
-  std::vector<Line> lines_;
+  std::vector<Line, Memory<Line>> lines_;
 };
 
 inline void fail(const std::string& what) {
@@ -182,12 +211,15 @@ inline const char* name_of(DType dtype) {
 // run_cases, and the names of the kernels that ran.
 inline int run_kernel_cases(const Cases& cases, int argc, char** argv) {
   const int status = run_cases(cases, argc, argv);
+#ifdef RESOPS_SIMT
   std::set<std::string> names;
   for (const simt::LaunchRecord& launch : simt::launches()) names.insert(launch.kernel);
   for (const std::string& name : names) std::printf("launched %s\n", name.c_str());
+#endif
   return status;
 }
 
+#ifdef RESOPS_SIMT
 // Sectors of the launches since `reset_launches`, and the bytes that their scheme has to move.
 inline void check_traffic(const std::string& name, double least_bytes) {
   const simt::Traffic traffic = simt::traffic();
@@ -196,6 +228,7 @@ inline void check_traffic(const std::string& name, double least_bytes) {
               moved / least_bytes);
   if (moved > 1.05 * least_bytes) fail(name + ": more than 1.05 of the least traffic");
 }
+#endif
 
 class Random {
  public:
