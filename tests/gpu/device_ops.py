@@ -35,6 +35,6 @@ class DeviceOps:
         return call
 
     def _there(self, t: Tensor) -> Tensor:
-        storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())  # type: ignore[call-overload]
+        storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
         there = storage.to(self.device, copy=True)
         return there.as_strided(t.shape, t.stride(), t.storage_offset())
