@@ -334,7 +334,9 @@ __global__ void __launch_bounds__(kThreads, kIsSmooth<kAct> ? 2 : kResidentBlock
 
   const T* tensors[Pass::kTensors] = {grad_y, x};
   if constexpr (Pass::kTensors == 3) tensors[2] = residual;
-  for_vectors<T, kVec, Pass::kTensors, Pass::kMask>(
+  // More of gelu at a time would not fit the registers.
+  constexpr int kSteps = kAct == Activation::gelu ? 2 : kUnroll<kVec, Pass::kTensors>;
+  for_vectors<T, kVec, Pass::kTensors, Pass::kMask, kSteps>(
       cursor, tensors, mask,
       [&](const Place& place, int count, float (&v)[Pass::kTensors][kVec], unsigned bits,
           auto is_short) {

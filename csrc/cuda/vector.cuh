@@ -157,10 +157,10 @@ constexpr int kUnroll = kTensors < 5 ? 8 / kTensors : 1;
 //
 // The cursor says which vectors: `steps` times next(). A place that is not whole is none at all or,
 // where kShortEnd and has_short_end() allow it and 0 <= offset < `end`, the thread's short one.
-template <class T, int kVec, int kTensors, bool kMask, class Cursor, class F>
+template <class T, int kVec, int kTensors, bool kMask, int kSteps = kUnroll<kVec, kTensors>,
+          class Cursor, class F>
 __device__ __forceinline__ void for_vectors(Cursor& cursor, const T* const (&tensors)[kTensors],
                                             const uint8_t* mask, F f) {
-  constexpr int kSteps = kUnroll<kVec, kTensors>;
   Place last{cursor.end, 0, false};
   for (int64_t step = 0; step < cursor.steps; step += kSteps) {
     Place place[kSteps];
