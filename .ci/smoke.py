@@ -1,4 +1,4 @@
-"""An installed resops, used from outside its source tree: ``python smoke.py native|reference``.
+"""An installed resops, used from outside its source tree: ``smoke.py native|cuda|reference``.
 
 Checks where it was imported from, what was installed beside it, that the backend which should be
 there is, and that a layer, an op and a model give torch's numbers.
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import resops
-from resops import _native
+from resops import _dispatch, _native
 
 site = Path(resops.__file__).parents[1]
 assert site.name == "site", f"resops was imported from {site}"
@@ -23,11 +23,23 @@ assert Path(resops.triton_kernels.__file__).parent == site / "resops" / "triton_
 strangers = [entry.name for entry in site.iterdir() if not entry.name.startswith("resops")]
 assert not strangers, f"installed at top level: {strangers}"
 
-backend = sys.argv[1]
+built = sys.argv[1]
+backend = "reference" if built == "reference" else "native"
 if backend == "native":
     assert _native.error is None, _native.error
     assert _native.module is not None
-    assert _native.module.build_info()["version"] == resops.__version__
+    facts = _native.module.build_info()
+    assert facts["version"] == resops.__version__
+    # No GPU is needed to see that the ops are there for one.
+    ops = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("resops::")]
+    assert len(ops) >= 8, ops
+    for key in ("CPU", "CUDA"):
+        wanted = key == "CPU" or built == "cuda"
+        for op in ops:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(op, key) == wanted, (op, key)
+    assert (facts["cuda architectures"] != "none") == (built == "cuda"), facts
+    for op, devices in _dispatch._KERNELS["native"].items():
+        assert ("cuda" in devices) == (built == "cuda"), op
 else:
     assert _native.module is None
     assert "not built" in (_native.error or ""), _native.error
@@ -64,4 +76,4 @@ with resops.backend(backend):
     twin = copy.deepcopy(model).eval()
     with torch.no_grad():
         assert twin(torch.randn(2, 3, 64, 64)).isfinite().all()
-print(f"resops {resops.__version__} with the {backend} backend: works from {site}")
+print(f"resops {resops.__version__}, {built}, with the {backend} backend: works from {site}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import resops
 from bench import digits, environment, figure, report, table
 from bench.models import compare, resnet
 from bench.models.stock_resnet import CONFIGURATIONS
@@ -20,6 +21,7 @@ from bench.roofline import KINDS, Roofline
 from bench.session import Progress, Session
 from bench.shapes import BANDWIDTH_SHAPES, RESNET50
 from bench.timing import Deadline
+from resops import _dispatch
 
 MAIN_SECONDS = 150.0  # after these the main job starts nothing new
 MAIN_MODELS = ("resnet18", "resnet50")
@@ -179,6 +181,17 @@ def parts_of(kind: str, plan: Plan) -> list[Part]:
     return [check, models, _digits(plan), _ops(plan), *beyond, *more_threads]
 
 
+def _ask_for_gpu_kernels(device: torch.device) -> None:
+    """Choose a backend that has kernels there: ``auto`` leaves out those not measured yet."""
+    if resops.get_backend() != "auto":
+        return
+    x = torch.empty(1, device=device)
+    for name in ("native", "triton"):
+        if _dispatch.refusal(name, "batch_norm", x) is None:
+            resops.set_backend(name)
+            return
+
+
 def run(options: argparse.Namespace, began: float | None = None) -> int:
     """Run the job that the options name; the exit status (see bench.__main__.main).
 
@@ -189,6 +202,7 @@ def run(options: argparse.Namespace, began: float | None = None) -> int:
     plan = Plan.of(options)
     if plan.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
+        _ask_for_gpu_kernels(plan.device)
     parts = parts_of(options.kind, plan)
     facts = environment.provenance(plan.device)
     path = report.results_path(

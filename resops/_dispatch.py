@@ -2,8 +2,9 @@
 
 Three backends implement every op: ``native`` (the C++ kernels of ``csrc``, registered as
 ``torch.ops.resops``), ``triton`` (``triton_kernels``) and ``reference`` (plain PyTorch, the
-definition). ``auto`` takes the first that can do the call; a backend that was asked for by name
-and cannot do it raises :class:`BackendError`.
+definition). ``auto`` takes the native kernels on the devices on which they were measured, and the
+reference elsewhere; a backend that was asked for by name and cannot do the call raises
+:class:`BackendError`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,29 @@ from . import _native, _triton
 
 BACKENDS = ("native", "triton", "reference")
 _CHOICES = ("auto", *BACKENDS)
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# backend -> device type -> dtypes that its kernels take there
+_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "native": {"cpu": (*_GPU_DTYPES, torch.float64), "cuda": _GPU_DTYPES},
+    "triton": {"cpu": _GPU_DTYPES, "cuda": _GPU_DTYPES},
+}
+# Where ``auto`` takes kernels. On a GPU they have not been run yet (docs/simt.md), so there they
+# wait for somebody to ask for them by name.
+_MEASURED_ON = frozenset({"cpu"})
+
+
+def _native_devices() -> frozenset[str]:
+    """Device types that the extension has kernels for: CUDA is an option of the build."""
+    if _native.module is None or _native.module.build_info()["cuda architectures"] == "none":
+        return frozenset({"cpu"})
+    return frozenset({"cpu", "cuda"})
+
 
 # op -> device types for which the backend has kernels. The reference takes everything.
 _KERNELS: dict[str, dict[str, frozenset[str]]] = {
     "native": {
-        "batch_norm": frozenset({"cpu"}),
-        "residual_add": frozenset({"cpu"}),
+        "batch_norm": _native_devices(),
+        "residual_add": _native_devices(),
     },
     "triton": {
         "batch_norm": _triton.DEVICES,
@@ -64,7 +80,8 @@ def set_backend(name: str) -> None:
     """Choose the backend of all later calls, in this thread and in threads started later.
 
     Args:
-        name: ``auto`` (the fastest that can do the call), ``native``, ``triton`` or ``reference``.
+        name: ``auto`` (the native kernels on a CPU, and the reference elsewhere, as long as no
+            kernel has been measured on a GPU), ``native``, ``triton`` or ``reference``.
 
     Raises:
         ValueError: ``name`` is none of these.
@@ -113,14 +130,26 @@ def refusal(backend: str, op: str, x: torch.Tensor) -> str | None:
     native = backend == "native"
     if devices is None or (_native.error if native else _triton.error) is not None:
         return unavailable_reason(backend, op)
-    if x.device.type not in devices:
-        reason = f"the {backend} {op} has no kernel for {x.device.type} tensors"
-        if not native and x.device.type == "cpu":
+    device = x.device.type
+    if device not in devices:
+        reason = f"the {backend} {op} has no kernel for {device} tensors"
+        if (backend, device) == ("native", "cuda"):
+            reason += _without_cuda()
+        elif (backend, device) == ("triton", "cpu"):
             reason += ", unless TRITON_INTERPRET=1 is set when Python starts (slow, for tests)"
         return reason
-    if x.dtype not in (_NATIVE_DTYPES if native else _TRITON_DTYPES):
-        return f"the {backend} {op} does not take {x.dtype}"
+    if x.dtype not in _DTYPES[backend][device]:
+        return f"the {backend} {op} does not take {x.dtype} on {device}"
     return None
+
+
+def _without_cuda() -> str:
+    """Why the extension has no CUDA kernels, and what to do: the rest of a sentence."""
+    assert _native.module is not None
+    return (
+        f": the extension was built without CUDA ({_native.module.build_info()['cuda']}); "
+        "with nvcc, run `RESOPS_CUDA=1 pip install --no-build-isolation .` in the source tree"
+    )
 
 
 def choose(op: str, x: torch.Tensor) -> str:
@@ -131,10 +160,8 @@ def choose(op: str, x: torch.Tensor) -> str:
     """
     wanted = _state.backend
     if wanted == "auto":
-        if refusal("native", op, x) is None:
-            return "native"
-        # Triton's interpreter, on the CPU, is for those who ask for it by name.
-        return "triton" if x.is_cuda and refusal("triton", op, x) is None else "reference"
+        measured = x.device.type in _MEASURED_ON
+        return "native" if measured and refusal("native", op, x) is None else "reference"
     reason = refusal(wanted, op, x)
     if reason is not None:
         raise BackendError(f"backend {wanted!r} cannot compute {op}: {reason}")

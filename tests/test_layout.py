@@ -16,6 +16,7 @@ TOP_LEVEL = ("setup.py", "csrc", "resops", "triton_kernels", "tests", "bench", "
 SHARED = {
     "resops/ops": {"__init__"},
     "resops/reference": {"__init__", "activation", "layout"},
+    "csrc/cuda": {"device"},
 }
 # Ops that are made of other ops and of the library's, and so have no kernel of their own.
 COMPOSED = {"conv_bn_act"}
@@ -49,6 +50,8 @@ def test_every_op_has_its_homes(op: str) -> None:
     if op not in COMPOSED:
         homes += [f"csrc/{op}.cpp", f"csrc/cpu/{op}.cpp"]
         homes += [f"csrc/cpu/{op}_kernels.cpp", f"csrc/cpu/{op}_kernels.h"]
+        homes += [f"csrc/cuda/{op}.{ending}" for ending in ("h", "cuh", "cu")]
+        homes += [f"csrc/cuda/bindings/{op}.cpp", f"tests/simt/kernels/{op}.cpp"]
     missing = [home for home in homes if not (ROOT / home).is_file()]
     assert not missing, missing
     assert list((ROOT / "tests/ops").glob(f"test_{op}*.py")), f"no tests/ops/test_{op}*.py"
@@ -244,11 +247,11 @@ def includes(path: Path, seen: set[Path] | None = None) -> Iterator[tuple[Path, 
     for ours, system in INCLUDE.findall(path.read_text()):
         yield path, ours or system
         if ours:
-            candidates = [path.parent / ours, ROOT / "csrc" / ours]
-            for header in candidates:
-                if header.is_file() and header.resolve() not in seen:
-                    seen.add(header.resolve())
-                    yield from includes(header.resolve(), seen)
+            candidates = [path.parent / ours, ROOT / "csrc" / ours]  # as the compiler looks
+            header = next((h.resolve() for h in candidates if h.is_file()), None)
+            if header is not None and header not in seen:
+                seen.add(header)
+                yield from includes(header, seen)
 
 
 TORCH_HEADER = re.compile(r"^(ATen|torch|c10|caffe2|pybind11)/")

@@ -160,8 +160,8 @@ MUTANTS = [
         (
             Edit(
                 KERNELS,
-                "first_shift(x + span.row_begin * width + c, first_rows, width)",
-                "to_acc(x[span.row_begin * width + c])",
+                "middle(values[0][lane], values[1][lane], values[2][lane], values[3][lane])",
+                "values[0][lane]",
             ),
             Edit(KERNELS, "sums.recentre(end - begin)", "false"),
             Edit(
@@ -329,8 +329,8 @@ MUTANTS = [
         "residual's gradient without the mask",
         Edit(
             KERNELS,
-            "put<kStream>(grad_residual + c, grads.residual, span.end - c)",
-            "put<kStream>(grad_residual + c, load(row_of.grad_y + c, span.end - c), span.end - c)",
+            "Grads{out, g}",
+            "Grads{out, load(row_of.grad_y + c, count)}",
         ),
         f"{NUMERICS}::test_residual_flips_the_sign",
     ),

@@ -1,0 +1,260 @@
+"""What is to be proven and timed on a machine with a GPU, in runs of at most ten minutes.
+
+    python -m bench.gpu_gate prove|models|compile [--stage NAME ...] [--again] [--output FILE]
+
+``prove``: build for the GPU present, the kernels alone and under compute-sanitizer, the GPU tests,
+the time of every BatchNorm of ResNet-50. ``models``: training step and inference. ``compile``:
+torch.compile of ResNet-50. A job runs its stages in order and begins none that has no time left;
+each stage appends a row of JSON to the output as it ends, a failed one too, and the next begins. A
+stage that passed on the same GPU at the same commit is not run again: start the job again to go on.
+
+Without a GPU nothing is run: the list of what was not, and exit status 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import environment
+from bench.timing import Deadline
+from tests.lanes.ptxas import FLAGS, find_nvcc
+
+ROOT = environment.ROOT
+BUILD = ROOT / "build" / "gpu_gate"
+JOB_SECONDS = 530.0
+TAIL = 4000  # characters of output that a row keeps
+OPS = ("batch_norm", "residual_add")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    capability: str  # 9.0
+    driver: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Commands that run one after the other, until one fails."""
+
+    name: str
+    what: str
+    seconds: float  # at most
+    commands: Callable[[Gpu], list[list[str]]]
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+def find_gpu() -> Gpu | None:
+    """The first GPU that the driver names."""
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = done.stdout.strip().splitlines()
+    return Gpu(*(part.strip() for part in lines[0].split(","))) if lines else None
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def build_extension(gpu: Gpu) -> list[list[str]]:
+    setting = f"TORCH_CUDA_ARCH_LIST={gpu.capability}"
+    return [["env", setting, *python("setup.py", "--quiet", "build_ext", "--inplace")]]
+
+
+def program(op: str) -> Path:
+    """The checks of tests/simt/kernels, compiled for the GPU instead of the emulator."""
+    return BUILD / op
+
+
+def build_programs(gpu: Gpu) -> list[list[str]]:
+    architecture = gpu.capability.replace(".", "")
+    includes = [f"-I{ROOT / folder}" for folder in ("csrc/cuda", "tests/simt")]
+    commands = [["mkdir", "-p", str(BUILD)]]
+    for op in OPS:
+        sources = [ROOT / f"tests/simt/kernels/{op}.cpp", ROOT / f"csrc/cuda/{op}.cu"]
+        command = [find_nvcc() or "nvcc", *FLAGS, *includes, f"-arch=sm_{architecture}", "-x", "cu"]
+        commands.append([*command, *map(str, sources), "-o", str(program(op))])
+    return commands
+
+
+def run_programs(gpu: Gpu) -> list[list[str]]:
+    return [[str(program(op))] for op in OPS]
+
+
+def sanitize(tool: str) -> Callable[[Gpu], list[list[str]]]:
+    """All instances at small sizes under a tool of compute-sanitizer."""
+    cases = {"batch_norm": ("flags", "walks"), "residual_add": ("flags", "wanted")}
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    return lambda gpu: [[*command, str(program(op)), case] for op in OPS for case in cases[op]]
+
+
+def pytest(*arguments: str) -> list[str]:
+    return python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *arguments)
+
+
+def bench(*arguments: str) -> Callable[[Gpu], list[list[str]]]:
+    output = str(BUILD / "results")
+    command = python("-m", "bench", *arguments, "--device", "cuda", "--output", output)
+    return lambda gpu: [command]
+
+
+_BLOCKING = {"CUDA_LAUNCH_BLOCKING": "1"}  # the programs read results right after a launch
+JOBS: dict[str, tuple[Stage, ...]] = {
+    "prove": (
+        Stage("build", "the extension, for this GPU", 300, build_extension, {"RESOPS_CUDA": "1"}),
+        Stage("programs", "compile torch-free programs that run every kernel", 300, build_programs),
+        Stage("kernels", "every kernel against float64, rule R", 300, run_programs, _BLOCKING),
+        *(
+            Stage(tool, f"every kernel under {tool}", 300, sanitize(tool), _BLOCKING)
+            for tool in ("memcheck", "racecheck", "initcheck")
+        ),
+        Stage(
+            "values",
+            "the ops in every layout and dtype, rule R",
+            400,
+            lambda gpu: [pytest("tests/simt/test_bindings.py", "-k", "cuda")],
+        ),
+        Stage(
+            "surroundings",
+            "opcheck, torch.compile, CUDA graphs, streams, more than 2^31 elements",
+            400,
+            lambda gpu: [pytest("tests/gpu")],
+        ),
+        Stage(
+            "times",
+            "every BatchNorm of ResNet-50 against eager, bf16 and fp16",
+            500,
+            bench("ops", "--full", "--batch", "256", "--dtypes", "bf16,fp16"),
+        ),
+    ),
+    "models": tuple(
+        Stage(
+            f"batch {batch}",
+            f"training step and inference of ResNets at batch {batch}, bf16 and fp16",
+            500,
+            bench("models", "--batch", str(batch), "--dtypes", "bf16,fp16"),
+        )
+        for batch in (32, 256)
+    ),
+    "compile": (
+        Stage(
+            "torch.compile",
+            "ResNets against torch.compile at batch 256, bf16",
+            500,
+            bench("models", "--compile", "--batch", "256", "--dtypes", "bf16"),
+        ),
+    ),
+}
+
+
+def run_stage(stage: Stage, gpu: Gpu, seconds: float) -> dict[str, Any]:
+    """A row: ``status`` is "passed", "failed" or "out of time"."""
+    begin = time.monotonic()
+    status, code, output, command = "passed", 0, "", []
+    for command in stage.commands(gpu):
+        left = seconds - (time.monotonic() - begin)
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **stage.variables},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                timeout=max(left, 1.0),
+            )
+            code, text = done.returncode, done.stdout
+            status = "passed" if code == 0 else "failed"
+        except subprocess.TimeoutExpired as late:
+            text = late.stdout.decode(errors="replace") if late.stdout else ""
+            status = "out of time"
+        except OSError as error:  # the tool is not there
+            text, status = str(error), "failed"
+        output += text
+        if status != "passed":
+            break
+    row: dict[str, Any] = {"stage": stage.name, "status": status}
+    row["seconds"] = round(time.monotonic() - begin, 1)
+    if status != "passed":
+        row |= {"command": command, "exit status": code}
+    return row | {"output": output[-TAIL:]}
+
+
+def passed_before(output: Path, job: str, facts: dict[str, Any]) -> set[str]:
+    """Stages of the job that passed on this GPU at this commit, by the rows in ``output``."""
+    if not output.exists() or facts["commit"]["changed"]:
+        return set()
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    return {
+        row["stage"]
+        for row in rows
+        if row["job"] == job
+        and row["status"] == "passed"
+        and (row["gpu"], row["commit"]) == (facts["gpu"], facts["commit"])
+    }
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_gate", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("job", choices=JOBS)
+    parser.add_argument("--stage", action="append", help="only this one; may be given again")
+    parser.add_argument("--again", action="store_true", help="stages that passed before too")
+    parser.add_argument("--output", type=Path, default=BUILD / "rows.jsonl")
+    options = parser.parse_args(arguments)
+    names = [stage.name for stage in JOBS[options.job]]
+    if unknown := set(options.stage or ()) - set(names):
+        parser.error(f"{options.job} has the stages {', '.join(names)}, not {', '.join(unknown)}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0 where all stages passed, or where there is no GPU; else 1."""
+    options = parse(arguments)
+    stages = [s for s in JOBS[options.job] if not options.stage or s.name in options.stage]
+    gpu = find_gpu()
+    if gpu is None:
+        print("There is no GPU here. Not run:")
+        for stage in stages:
+            print(f"  {options.job} {stage.name}: {stage.what}")
+        return 0
+    deadline = Deadline(JOB_SECONDS)
+    facts = {"gpu": gpu.name, "driver": gpu.driver, "commit": environment.commit()}
+    done = set() if options.again else passed_before(options.output, options.job, facts)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    missing = []
+    for stage in stages:
+        if stage.name in done:
+            print(f"{stage.name}: passed before", flush=True)
+            continue
+        if deadline.left() < 30:
+            missing.append(stage.name)
+            continue
+        row = run_stage(stage, gpu, min(stage.seconds, deadline.left()))
+        with options.output.open("a") as file:
+            file.write(json.dumps({"job": options.job, **facts, **row}) + "\n")
+        print(f"{stage.name}: {row['status']} in {row['seconds']} s", flush=True)
+        if row["status"] != "passed":
+            print(row["output"], flush=True)
+            missing.append(stage.name)
+    if missing:
+        print(f"not passed: {', '.join(missing)}; start it again to run these")
+    return int(bool(missing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+// batch_norm of CUDA tensors: checks arguments, allocates outputs and workspaces, calls the
+// launchers.
+
+#include "../batch_norm.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+
+#include "../../batch_norm.h"
+#include "../../common/tensor_checks.h"
+#include "device_call.h"
+
+namespace resops::cuda {
+namespace {
+
+using at::Tensor;
+
+BatchNormShape shape_of(const Tensor& x) {
+  int64_t spatial = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) spatial *= x.size(d);
+  const bool channels_last = x.size(1) == 1 || spatial == 1 || !MemoryLayout(x).is_contiguous();
+  return {kernel_dtype(x), x.size(0), x.size(1), spatial, channels_last};
+}
+
+Tensor empty_vector(const Tensor& x, int64_t size, at::ScalarType dtype = at::kFloat) {
+  return at::empty({size}, plain(x, dtype));
+}
+
+Tensor workspace_for(const Tensor& x, const BatchNormShape& shape) {
+  return empty_vector(x, batch_norm_workspace(shape));
+}
+
+// The values per channel, in the memory that the kernels read them from.
+struct Affine {
+  Affine(const Tensor& mean_, const Tensor& invstd_, const OptionalTensor& weight_,
+         const OptionalTensor& bias_)
+      : mean(mean_.contiguous()), invstd(invstd_.contiguous()) {
+    args.mean = mean.const_data_ptr<float>();
+    args.invstd = invstd.const_data_ptr<float>();
+    args.weight = vector_of(weight_, weight);
+    args.bias = vector_of(bias_, bias);
+  }
+  static ChannelVector vector_of(const OptionalTensor& t, Tensor& kept) {
+    if (!t) return {nullptr, true};
+    kept = t->contiguous();
+    return {kept.const_data_ptr(), kept.scalar_type() == at::kFloat};
+  }
+  Tensor mean, invstd, weight, bias;
+  BatchNormAffine args;
+};
+
+RunningStatistic running_statistic(const OptionalTensor& t) {
+  if (!t) return {nullptr, true, 1};
+  return {t->mutable_data_ptr(), t->scalar_type() == at::kFloat, t->stride(0)};
+}
+
+// ---- forward -----------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& x) {
+  check_input("batch_norm", x);
+  check_dtype("batch_norm", x);
+  const DeviceCall call(x);
+  const BatchNormShape shape = shape_of(x);
+  const Tensor input = dense(MemoryLayout(x), x), workspace = workspace_for(x, shape);
+  Tensor mean = empty_vector(x, shape.channels), var = empty_vector(x, shape.channels);
+  BatchNormStatistics out{};
+  out.mean = mean.mutable_data_ptr<float>();
+  out.var = var.mutable_data_ptr<float>();
+  launch_batch_norm_statistics(shape, input.const_data_ptr(), workspace.mutable_data_ptr<float>(),
+                               out, call.stream);
+  return {mean, var};
+}
+
+// `x` is dense.
+std::tuple<Tensor, Tensor> run_apply(const BatchNormShape& shape, const MemoryLayout& layout,
+                                     const Tensor& x, const OptionalTensor& residual,
+                                     const Affine& affine, Activation activation,
+                                     double negative_slope, Stream stream) {
+  const bool masked = residual && is_masked(activation);
+  Tensor y = layout.empty(x);
+  Tensor mask = empty_vector(x, masked ? shape.mask_bytes() : 0, at::kByte);
+  if (shape.numel() == 0) return {y, mask};
+  const Tensor added = residual ? dense(layout, *residual) : Tensor();
+  BatchNormApply apply{};
+  apply.affine = affine.args;
+  apply.activation = activation;
+  apply.negative_slope = static_cast<float>(negative_slope);
+  apply.x = x.const_data_ptr();
+  apply.residual = residual ? added.const_data_ptr() : nullptr;
+  apply.y = y.mutable_data_ptr();
+  apply.mask = masked ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+  launch_batch_norm_apply(shape, apply, {}, stream);
+  return {y, mask};
+}
+
+std::tuple<Tensor, Tensor> batch_norm_apply(const Tensor& x, const OptionalTensor& residual,
+                                            const OptionalTensor& weight,
+                                            const OptionalTensor& bias, const Tensor& mean,
+                                            const Tensor& invstd, std::string_view activation,
+                                            double negative_slope) {
+  const Activation act = parse_activation(activation);
+  check_batch_norm_apply(x, residual, weight, bias, mean, invstd);
+  check_dtype("batch_norm", x);
+  const DeviceCall call(x);
+  const MemoryLayout layout(x);
+  return run_apply(shape_of(x), layout, dense(layout, x), residual,
+                   Affine(mean, invstd, weight, bias), act, negative_slope, call.stream);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
+    const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, bool training, double momentum, double eps,
+    std::string_view activation, double negative_slope) {
+  const Activation act = parse_activation(activation);
+  check_batch_norm_forward(x, residual, weight, bias, running_mean, running_var, training, momentum,
+                           eps);
+  check_dtype("batch_norm", x);
+  const DeviceCall call(x);
+  const MemoryLayout layout(x);
+  const BatchNormShape shape = shape_of(x);
+  const Tensor input = dense(layout, x);
+  Tensor mean = empty_vector(x, shape.channels), invstd = empty_vector(x, shape.channels);
+  const BatchNormStatistics out{mean.mutable_data_ptr<float>(),
+                                nullptr,
+                                invstd.mutable_data_ptr<float>(),
+                                eps,
+                                running_statistic(running_mean),
+                                running_statistic(running_var),
+                                momentum};
+  if (training) {
+    const Tensor workspace = workspace_for(x, shape);
+    launch_batch_norm_statistics(shape, input.const_data_ptr(), workspace.mutable_data_ptr<float>(),
+                                 out, call.stream);
+  } else {
+    launch_batch_norm_frozen(shape.channels, shape.dtype, out, call.stream);
+  }
+  auto [y, mask] = run_apply(shape, layout, input, residual, Affine(mean, invstd, weight, bias),
+                             act, negative_slope, call.stream);
+  return {y, mean, invstd, mask};
+}
+
+// ---- backward ----------------------------------------------------------------------------------
+
+// The arguments of a backward call as its kernels take them.
+struct BackwardCall {
+  BackwardCall(const Tensor& grad_y_, const Tensor& x_, const OptionalTensor& residual_,
+               const OptionalTensor& mask_, const OptionalTensor& weight,
+               const OptionalTensor& bias, const Tensor& mean, const Tensor& invstd,
+               Activation activation, double negative_slope)
+      : device(x_),
+        layout(x_),
+        shape(shape_of(x_)),
+        x(dense(layout, x_)),
+        grad_y(dense(layout, grad_y_)),
+        affine(mean, invstd, weight, bias) {
+    args.affine = affine.args;
+    args.activation = activation;
+    args.negative_slope = static_cast<float>(negative_slope);
+    args.x = x.const_data_ptr();
+    args.grad_y = grad_y.const_data_ptr();
+    if (mask_ && mask_->numel() > 0) {
+      mask = mask_->contiguous();
+      args.mask = mask.const_data_ptr<uint8_t>();
+    } else if (residual_ && is_smooth(activation)) {
+      residual = dense(layout, *residual_);
+      args.residual = residual.const_data_ptr();
+    }
+  }
+
+  void reduce(const BatchNormSums& out) const {
+    const Tensor workspace = workspace_for(x, shape);
+    launch_batch_norm_backward_reduce(shape, args, workspace.mutable_data_ptr<float>(), out,
+                                      device.stream);
+  }
+
+  std::tuple<Tensor, Tensor> apply(const Tensor& sum_grad, const Tensor& sum_grad_xhat,
+                                   double factor, bool need_grad_x, bool need_grad_residual) const {
+    const Tensor none = empty_vector(x, 0, x.scalar_type());
+    Tensor grad_x = need_grad_x ? layout.empty(x) : none;
+    Tensor grad_residual = need_grad_residual ? layout.empty(x) : none;
+    if (shape.numel() == 0 || (!need_grad_x && !need_grad_residual)) {
+      return {grad_x, grad_residual};
+    }
+    const BatchNormGradientOut out{
+        sum_grad.defined() ? sum_grad.const_data_ptr<float>() : nullptr,
+        sum_grad_xhat.defined() ? sum_grad_xhat.const_data_ptr<float>() : nullptr,
+        static_cast<float>(factor), need_grad_x ? grad_x.mutable_data_ptr() : nullptr,
+        need_grad_residual ? grad_residual.mutable_data_ptr() : nullptr};
+    launch_batch_norm_backward_apply(shape, args, out, {}, device.stream);
+    return {grad_x, grad_residual};
+  }
+
+  DeviceCall device;
+  MemoryLayout layout;
+  BatchNormShape shape;
+  Tensor x, grad_y, mask, residual;
+  Affine affine;
+  BatchNormGradient args{};
+};
+
+void check_backward(const Tensor& grad_y, const Tensor& x, const OptionalTensor& residual,
+                    const OptionalTensor& mask, const OptionalTensor& weight,
+                    const OptionalTensor& bias, const Tensor& mean, const Tensor& invstd,
+                    Activation activation) {
+  check_input("batch_norm", x);
+  check_batch_norm_backward(grad_y, x, residual, mask, shape_of(x).mask_bytes(), weight, bias, mean,
+                            invstd, activation);
+  check_dtype("batch_norm", x);
+}
+
+std::tuple<Tensor, Tensor> batch_norm_backward_reduce(
+    const Tensor& grad_y, const Tensor& x, const OptionalTensor& residual,
+    const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& bias,
+    const Tensor& mean, const Tensor& invstd, std::string_view activation, double negative_slope) {
+  const Activation act = parse_activation(activation);
+  check_backward(grad_y, x, residual, mask, weight, bias, mean, invstd, act);
+  const BackwardCall call(grad_y, x, residual, mask, weight, bias, mean, invstd, act,
+                          negative_slope);
+  Tensor sum_grad = empty_vector(x, x.size(1)), sum_grad_xhat = empty_vector(x, x.size(1));
+  call.reduce({sum_grad.mutable_data_ptr<float>(), sum_grad_xhat.mutable_data_ptr<float>(), nullptr,
+               nullptr});
+  return {sum_grad, sum_grad_xhat};
+}
+
+std::tuple<Tensor, Tensor> batch_norm_backward_apply(
+    const Tensor& grad_y, const Tensor& x, const OptionalTensor& residual,
+    const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& bias,
+    const Tensor& mean, const Tensor& invstd, const OptionalTensor& mean_grad,
+    const OptionalTensor& mean_grad_xhat, std::string_view activation, double negative_slope,
+    bool need_grad_x, bool need_grad_residual) {
+  const Activation act = parse_activation(activation);
+  check_backward(grad_y, x, residual, mask, weight, bias, mean, invstd, act);
+  TORCH_CHECK_VALUE(mean_grad.has_value() == mean_grad_xhat.has_value(),
+                    "mean_grad and mean_grad_xhat must either both be None or neither be None");
+  Tensor grad, grad_xhat;
+  if (mean_grad) {
+    check_statistic("mean_grad", *mean_grad, x);
+    check_statistic("mean_grad_xhat", *mean_grad_xhat, x);
+    grad = mean_grad->contiguous();
+    grad_xhat = mean_grad_xhat->contiguous();
+  }
+  const BackwardCall call(grad_y, x, residual, mask, weight, bias, mean, invstd, act,
+                          negative_slope);
+  return call.apply(grad, grad_xhat, 1, need_grad_x, need_grad_residual);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    const Tensor& grad_y, const Tensor& x, const OptionalTensor& residual,
+    const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& bias,
+    const Tensor& mean, const Tensor& invstd, bool training, std::string_view activation,
+    double negative_slope, std::array<bool, 4> output_mask) {
+  const Activation act = parse_activation(activation);
+  check_backward(grad_y, x, residual, mask, weight, bias, mean, invstd, act);
+  const BackwardCall call(grad_y, x, residual, mask, weight, bias, mean, invstd, act,
+                          negative_slope);
+  const auto [need_x, need_residual, need_weight, need_bias] = output_mask;
+  const int64_t channels = x.size(1);
+  Tensor sum_grad, sum_grad_xhat;
+  // The sums are the gradients, but for parameters of 16 bits.
+  const auto own_grad = [&](const OptionalTensor& parameter, bool needed) {
+    if (!needed) return empty_vector(x, 0, parameter ? parameter->scalar_type() : at::kFloat);
+    if (!parameter || parameter->scalar_type() == at::kFloat) return Tensor();
+    return empty_vector(x, channels, parameter->scalar_type());
+  };
+  Tensor grad_weight = own_grad(weight, need_weight), grad_bias = own_grad(bias, need_bias);
+  if (need_weight || need_bias || (need_x && training)) {
+    sum_grad = empty_vector(x, channels);
+    sum_grad_xhat = empty_vector(x, channels);
+    const auto data = [](const Tensor& t) {
+      return t.defined() && t.numel() > 0 ? t.mutable_data_ptr() : nullptr;
+    };
+    call.reduce({sum_grad.mutable_data_ptr<float>(), sum_grad_xhat.mutable_data_ptr<float>(),
+                 data(grad_bias), data(grad_weight)});
+  }
+  const double factor = 1.0 / static_cast<double>(std::max<int64_t>(call.shape.count(), 1));
+  auto [grad_x, grad_residual] =
+      call.apply(training ? sum_grad : Tensor(), training ? sum_grad_xhat : Tensor(), factor,
+                 need_x, need_residual);
+  return {grad_x, grad_residual, grad_weight.defined() ? grad_weight : sum_grad_xhat,
+          grad_bias.defined() ? grad_bias : sum_grad};
+}
+
+}  // namespace
+}  // namespace resops::cuda
+
+TORCH_LIBRARY_IMPL(resops, RESOPS_CUDA_KEY, m) {
+  m.impl("batch_norm_statistics", &resops::cuda::batch_norm_statistics);
+  m.impl("batch_norm_apply", &resops::cuda::batch_norm_apply);
+  m.impl("batch_norm_forward", &resops::cuda::batch_norm_forward);
+  m.impl("batch_norm_backward_reduce", &resops::cuda::batch_norm_backward_reduce);
+  m.impl("batch_norm_backward_apply", &resops::cuda::batch_norm_backward_apply);
+  m.impl("batch_norm_backward", &resops::cuda::batch_norm_backward);
+}

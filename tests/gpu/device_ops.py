@@ -1,0 +1,40 @@
+"""torch.ops.resops on another device, for cases whose tensors are on the CPU.
+
+The oracles compute in float64 on the CPU. Here every argument goes to the device with its strides,
+its offset and all that its storage holds, the op runs there, and its outputs come back; a tensor
+that the op may write to, a running statistic, is copied back into the argument.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WRITTEN = ("running_mean", "running_var")
+
+
+class DeviceOps:
+    """The ops of torch.ops.resops as functions of CPU tensors."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(torch.ops.resops, name).default
+
+        def call(*arguments: Any) -> Any:
+            moved = [self._there(a) if isinstance(a, Tensor) else a for a in arguments]
+            outputs = op(*moved)
+            for schema, before, after in zip(op._schema.arguments, arguments, moved, strict=True):
+                if schema.name in WRITTEN and isinstance(before, Tensor):
+                    before.copy_(after)
+            return tuple(t.cpu() for t in outputs)
+
+        return call
+
+    def _there(self, t: Tensor) -> Tensor:
+        storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+        there = storage.to(self.device, copy=True)
+        return there.as_strided(t.shape, t.stride(), t.storage_offset())

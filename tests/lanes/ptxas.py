@@ -1,0 +1,242 @@
+"""The compile check of the CUDA kernels: registers, stack and spills, per architecture.
+
+    python tests/lanes/ptxas.py [--all] [ARCHITECTURE ...]
+
+compiles every file of csrc/cuda with nvcc for each architecture (80, 90a and 120) and prints what
+ptxas says, one row per kernel, or with ``--all`` per instance. It fails where a kernel that walks
+over tensors spills, uses the stack, or has more registers than leave room for two blocks on a
+multiprocessor; and, where cuobjdump is (that of the CUDA toolkit or of the package triton), where
+the machine code of one that is compiled for vectors has no 16-byte loads or stores. No GPU is
+needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = ("80", "90a", "120")
+BUILD = ROOT / "build" / "ptxas"
+# As in CMakeLists.txt.
+FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fmad=false", f"-I{ROOT / 'csrc'}"]
+MOST_REGISTERS = 128  # 65536 of a multiprocessor, for two blocks of 256 threads
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One instance of a __global__ function for one architecture; bytes but for registers."""
+
+    architecture: str
+    name: str
+    arguments: str  # of the template
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    wide_loads: int | None  # instructions that load 16 bytes; None: there is no cuobjdump
+    wide_stores: int | None
+
+    @property
+    def is_hot(self) -> bool:
+        """It walks over tensors, not over a few numbers per channel."""
+        return not self.name.endswith(("_finish_kernel", "_frozen_kernel"))
+
+    @property
+    def spilled(self) -> int:
+        return self.spill_stores + self.spill_loads
+
+    @property
+    def vector(self) -> int:
+        """Elements of an access, the first number among the arguments; 0 where it is not hot."""
+        numbers = re.findall(r", (\d+)", self.arguments)
+        return int(numbers[0]) if self.is_hot and numbers else 0
+
+    @property
+    def is_narrow(self) -> bool:
+        if self.vector <= 1:
+            return False
+        writes = not self.name.endswith(("_statistics_kernel", "_reduce_kernel"))
+        return self.wide_loads == 0 or (writes and self.wide_stores == 0)
+
+    @property
+    def is_bad(self) -> bool:
+        too_large = self.spilled > 0 or self.stack > 0 or self.registers > MOST_REGISTERS
+        return self.is_hot and (too_large or self.is_narrow)
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    paths = [str(Path(home) / "bin" / "nvcc") for home in homes if home]
+    return next(filter(None, map(shutil.which, [*paths, "nvcc", "/usr/local/cuda/bin/nvcc"])), None)
+
+
+def find_cuobjdump() -> str | None:
+    """That of the toolkit, else the one that the package triton brings along, with nvdisasm."""
+    nvcc, spec = find_nvcc(), importlib.util.find_spec("triton")
+    folders = [str(Path(nvcc).resolve().parent)] if nvcc else []
+    if spec is not None and spec.origin is not None:
+        folders.append(str(Path(spec.origin).parent / "backends" / "nvidia" / "bin"))
+    folders.append(os.environ.get("PATH", ""))
+    for folder in folders:
+        tool = shutil.which("cuobjdump", path=folder)
+        if tool is not None and shutil.which("nvdisasm", path=_folder(tool)):
+            return tool
+    return None
+
+
+def _folder(tool: str) -> str:
+    return str(Path(tool).parent)
+
+
+def wide_accesses(cubin: Path) -> dict[str, tuple[int, int]] | None:
+    """16-byte loads and stores in the machine code of each function; None without cuobjdump."""
+    tool = find_cuobjdump()
+    if tool is None:
+        return None
+    counts: dict[str, tuple[int, int]] = {}
+    environment = {**os.environ, "PATH": f"{_folder(tool)}:{os.environ.get('PATH', '')}"}
+    code = run([tool, "-sass", str(cubin)], environment)
+    for function in code.split("Function : ")[1:]:
+        loads, stores = (len(re.findall(rf"\b{op}\.E\.128", function)) for op in ("LDG", "STG"))
+        counts[function.split(maxsplit=1)[0]] = (loads, stores)
+    return counts
+
+
+def compile_kernels(source: Path, architecture: str) -> list[Kernel]:
+    """The kernels of one .cu file. What was compiled before is not compiled again.
+
+    Raises:
+        RuntimeError: nvcc is not there or fails; with its output.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("no nvcc in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda")
+    command = [nvcc, *FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+    command += ["-Xptxas", "-v", "-cubin", str(source)]
+    headers = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh")]
+    key = hashlib.sha256(repr(command).encode() + run([nvcc, "--version"]).encode())
+    for path in sorted([source, *headers]):
+        key.update(path.read_bytes())
+    report = BUILD / f"{source.stem}-{architecture}-{key.hexdigest()[:12]}.txt"
+    if not report.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        temporary = report.with_suffix(f".{os.getpid()}")
+        temporary.write_text(run([*command, "-o", str(report.with_suffix(".cubin"))]))
+        temporary.replace(report)
+    return parse(report.read_text(), architecture, wide_accesses(report.with_suffix(".cubin")))
+
+
+def run(command: list[str], environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+_ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def parse(
+    report: str, architecture: str, wide: dict[str, tuple[int, int]] | None = None
+) -> list[Kernel]:
+    """The kernels that a report of ``ptxas -v`` names, with their :func:`wide_accesses`."""
+    entries = list(_ENTRY.finditer(report))
+    found = []
+    for entry, name in zip(entries, demangled([e["name"] for e in entries]), strict=True):
+        match = re.search(r"(\w+)(?:<(.*)>)?\(", name)
+        kernel, arguments = (match[1], match[2] or "") if match else (name, "")
+        arguments = re.sub(r"\((bool|int|resops::Activation)\)", "", arguments)
+        numbers = (int(entry[k]) for k in ("registers", "stack", "stores", "loads"))
+        accesses = (None, None) if wide is None else wide[entry["name"]]
+        found.append(Kernel(architecture, kernel, arguments, *numbers, *accesses))
+    return found
+
+
+def demangled(names: list[str]) -> list[str]:
+    tool = shutil.which("c++filt") or shutil.which("cu++filt")
+    if tool is None or not names:
+        return names
+    text = "\n".join(names)
+    done = subprocess.run([tool], input=text, capture_output=True, text=True, check=True)
+    # Up to the parameters of the function: they have templates and parentheses of their own.
+    return [re.sub(r"\(resops::cuda::.*|\(long.*", "(", line) for line in done.stdout.splitlines()]
+
+
+def table(found: Iterable[Kernel], every_instance: bool = False) -> str:
+    """Rows of text; unless ``every_instance``, the instances of a kernel share one."""
+    groups: dict[tuple[str, str, str], list[Kernel]] = {}
+    for k in found:
+        key = (k.name, k.arguments if every_instance else "", k.architecture)
+        groups.setdefault(key, []).append(k)
+    title = ("kernel", "sm", "instances", "registers", "stack", "spilled", "16-byte")
+    rows = ["{:<62} {:>4} {:>9} {:>9} {:>5} {:>7} {:>8}".format(*title)]
+    for (name, arguments, architecture), ks in sorted(groups.items()):
+        registers = sorted({min(k.registers for k in ks), max(k.registers for k in ks)})
+        label = f"{name}<{arguments}>" if arguments else name
+        rows.append(
+            f"{label:<62} {architecture:>4} {len(ks):>9} {'-'.join(map(str, registers)):>9} "
+            f"{max(k.stack for k in ks):>5} {max(k.spilled for k in ks):>7} {_width(ks):>8}"
+        )
+    return "\n".join(rows)
+
+
+def _width(kernels: list[Kernel]) -> str:
+    vectors = [k for k in kernels if k.vector > 1]
+    if not vectors or vectors[0].wide_loads is None:
+        return ""
+    return "no" if any(k.is_narrow for k in vectors) else "yes"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("architectures", nargs="*", default=ARCHITECTURES, metavar="ARCHITECTURE")
+    parser.add_argument("--all", action="store_true", help="a row for every instance")
+    options = parser.parse_args()
+    if find_nvcc() is None:
+        print("no nvcc on this machine: nothing was checked")
+        return 0
+    jobs = [(source, a) for a in options.architectures for source in SOURCES]
+    workers = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(workers) as pool:
+        found = [k for ks in pool.map(lambda job: compile_kernels(*job), jobs) for k in ks]
+    print(table(found, options.all))
+    defined = {
+        name
+        for path in (ROOT / "csrc" / "cuda").glob("*.cuh")
+        for name in re.findall(r"__global__[^;{]*?(\w+_kernel)\(", path.read_text())
+    }
+    if not_seen := defined - {k.name for k in found}:
+        print(f"\nin csrc/cuda, but not in what ptxas reports: {', '.join(sorted(not_seen))}")
+        return 1
+    if bad := [k for k in found if k.is_bad]:
+        print(
+            f"\nspills, stack, more than {MOST_REGISTERS} registers, or no 16-byte accesses, in "
+            "kernels that walk over tensors:"
+        )
+        print(table(bad, every_instance=True))
+        return 1
+    print(f"\n{len(found)} instances; no spills in the kernels that walk over tensors")
+    if find_cuobjdump() is None:
+        print("no cuobjdump: the width of accesses was not looked at")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The CUDA ops as torch sees them, run by the emulator, and on a GPU where there is one: arguments,
+layouts, outputs and their strides, against the oracles of the CPU ops, by rule R."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from resops import _dispatch
+from resops.ops import batch_norm as batch_norm_op
+from tests.gpu.device_ops import DeviceOps
+from tests.ops import batch_norm_oracle, residual_add_oracle
+from tests.tensors import LAYOUTS, exact_batch, guarded, in_layout, ulps_apart
+
+from . import emulated_ops, emulator
+
+# Compiling the bindings with torch's headers takes a minute.
+pytestmark = pytest.mark.slow
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [(3, 5), (2, 3, 9), (2, 17, 5, 3), (3, 1, 4, 4), (2, 16, 4, 4), (2, 3, 2, 3, 5)]
+
+
+@pytest.fixture(scope="module", params=["emulator", "cuda"])
+def ops(request: pytest.FixtureRequest) -> Any:
+    if request.param == "cuda":
+        if not (torch.cuda.is_available() and "cuda" in _dispatch._KERNELS["native"]["batch_norm"]):
+            pytest.skip("no GPU, or the extension was built without CUDA")
+        return DeviceOps("cuda")
+    reason = emulator.missing("plain")
+    if reason is not None:
+        pytest.skip(reason)
+    return emulated_ops.load()
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + shape[1]))
+    return (2 * x + 1).to(dtype)
+
+
+# ---- batch_norm ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_norm_layouts(
+    ops: Any, dtype: torch.dtype, shape: tuple[int, ...], layout: str
+) -> None:
+    """x, residual and gradient each in a layout, in NaN margins and at an odd address."""
+    for residual in (False, True):
+        x = guarded(values(shape, dtype), layout, offset=1)
+        r = guarded(values(shape, dtype).neg(), layout) if residual else None
+        g = guarded(values(shape, dtype).sub(1), "every_second", offset=2)
+        case = batch_norm_oracle.random_case(
+            x.tensor, residual=False if r is None else r.tensor, grad=g.tensor, activation="relu"
+        ).with_decided_signs()
+        out = batch_norm_oracle.run_ops(case, ops)
+        case.check(out)
+        batch_norm_oracle.assert_metadata(case, out)
+        case.check(batch_norm_oracle.run_phases(case, ops))
+        for guard in filter(None, (x, r)):
+            guard.assert_untouched()
+
+
+@pytest.mark.parametrize("activation", batch_norm_oracle.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_norm_flags(ops: Any, dtype: torch.dtype, activation: str) -> None:
+    for residual in (False, True):
+        for training in (False, True):
+            for parameters in {torch.float32, dtype}:
+                x = in_layout(values((4, 9, 3, 5), dtype), "channels_last")
+                case = batch_norm_oracle.random_case(
+                    x,
+                    residual=residual,
+                    training=training,
+                    activation=activation,
+                    parameter_dtype=parameters,
+                ).with_decided_signs()
+                case.check(batch_norm_oracle.run_ops(case, ops))
+                for missing in ("weight", "bias", "running_mean"):
+                    if missing == "running_mean" and not training:
+                        continue
+                    without = {missing: None}
+                    if missing == "running_mean":
+                        without["running_var"] = None
+                    some = replace(case, **without)
+                    some.check(batch_norm_oracle.run_ops(some, ops))
+
+
+def test_batch_norm_strided_vectors(ops: Any) -> None:
+    """Parameters and running statistics that are every second element of something."""
+    case = batch_norm_oracle.random_case(values((3, 6, 4), torch.float32), activation="silu")
+
+    def spread(t: torch.Tensor) -> torch.Tensor:
+        return torch.full((2 * t.numel(),), torch.nan).index_copy_(
+            0, torch.arange(0, 2 * t.numel(), 2), t
+        )[::2]
+
+    fields = ("weight", "bias", "running_mean", "running_var")
+    strided = replace(case, **{name: spread(getattr(case, name)) for name in fields})
+    strided.check(batch_norm_oracle.run_ops(strided, ops))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(6, 7, 7, 7), (5, 64, 3, 3), (128, 3), (1, 2, 33, 31)], ids=str)
+def test_exact_statistics(ops: Any, shape: tuple[int, ...], layout: str) -> None:
+    """Bit-equal means, invstd within one unit in the last place; twice the same bits."""
+    values, mean, var = exact_batch(shape)
+    x = in_layout(values, layout)
+    got_mean, got_var = ops.batch_norm_statistics(x)
+    assert torch.equal(got_mean.double(), mean)
+    assert torch.equal(got_var, var.float())
+    _, again, invstd, _ = ops.batch_norm_forward(
+        x, None, None, None, None, None, True, 0.1, 1e-5, "relu", 0.0
+    )
+    assert torch.equal(again, got_mean)
+    assert ulps_apart(invstd, (1 / (var + 1e-5).sqrt()).float()).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0), (2, 0, 4), (0, 3)], ids=str)
+def test_empty(ops: Any, shape: tuple[int, ...]) -> None:
+    case = batch_norm_oracle.random_case(torch.empty(shape), residual=True, activation="relu")
+    out = batch_norm_oracle.run_ops(case, ops)
+    assert out["y"] is not None and out["y"].shape == shape
+    assert torch.equal(out["running_mean"], case.running_mean)
+    assert torch.equal(out["running_var"], case.running_var)
+    for name in ("grad_weight", "grad_bias"):
+        assert torch.equal(out[name], torch.zeros(shape[1]))
+
+
+def test_refusals(ops: Any) -> None:
+    """The same checks as on the CPU, and no float64."""
+    x = torch.randn(2, 3, 4)
+    rest = (None, None, None, True, 0.1, 1e-5, "relu", 0.0)
+    with pytest.raises(RuntimeError, match="weight should contain 3 elements not 4"):
+        ops.batch_norm_forward(x, None, torch.ones(4), *rest)
+    with pytest.raises(ValueError, match="activation must be one of"):
+        ops.batch_norm_forward(x, None, None, *rest[:-2], "tanh", 0.0)
+    with pytest.raises(NotImplementedError, match="not implemented for 'Double' by the CUDA"):
+        ops.batch_norm_forward(x.double(), None, None, *rest)
+    with pytest.raises(NotImplementedError, match="not implemented for 'Double' by the CUDA"):
+        ops.residual_add_forward(x.double(), x.double(), None, None, 1, 1, False, "relu", 0.0)
+
+
+def test_strides_are_those_of_the_fake_kernels(ops: Any) -> None:
+    for layout in LAYOUTS:
+        for shape in (*SHAPES, (2, 3, 1, 1), (1, 3, 1, 5)):
+            x = in_layout(values(shape, torch.float32), layout)
+            args = (x, x, None, None, None, None, True, 0.1, 1e-5, "relu", 0.0)
+            real, fake = ops.batch_norm_forward(*args), batch_norm_op._fake_forward(*args)
+            for r, f in zip(real, fake, strict=True):
+                assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
+
+
+# ---- residual_add -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighting", sorted(residual_add_oracle.WEIGHTINGS))
+@pytest.mark.parametrize("activation", batch_norm_oracle.ACTIVATIONS)
+def test_residual_add(ops: Any, activation: str, weighting: str) -> None:
+    for dtype in DTYPES:
+        for shape, layout in [
+            ((3, 5, 4), "contiguous"),
+            ((4, 6, 2, 3), "channels_last"),
+            ((5, 7), "padded_contiguous"),
+            ((2, 3, 5, 3), "all_reversed"),
+        ]:
+            case = residual_add_oracle.random_case(
+                in_layout(values(shape, dtype), layout, offset=1), weighting, activation=activation
+            )
+            out = residual_add_oracle.run_ops(case, ops)
+            case.check({name: t for name, t in out.items() if name != "mask"})
+            residual_add_oracle.assert_metadata(case, out)

@@ -1,0 +1,86 @@
+"""Every CUDA kernel, run by the emulator: each program of kernels/ compares its op, forward and
+backward, with the definition in float64 by rule R, on odd shapes, in three lanes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from . import emulator
+
+SOURCES = emulator.ROOT / "csrc" / "cuda"
+PROGRAMS = sorted(path.stem for path in (emulator.FOLDER / "kernels").glob("*.cpp"))
+CASES = {
+    "batch_norm": [
+        "shapes",
+        "flags",
+        "large_batch",
+        "parameters",
+        "walks",
+        "means",
+        "exact_statistics",
+        "outliers",
+        "corners",
+        "special_values",
+    ],
+    "residual_add": ["shapes", "flags", "large_batch", "half_weights", "wanted"],
+}
+
+
+def program(name: str, lane: str) -> Path:
+    reason = emulator.missing(lane)
+    if reason is not None:
+        pytest.skip(f"no lane {lane}: {reason}")
+    source = emulator.FOLDER / "kernels" / f"{name}.cpp"
+    return emulator.build(source, SOURCES / f"{name}.cu", lane=lane)
+
+
+def test_every_program_is_listed() -> None:
+    assert sorted(CASES) == PROGRAMS
+
+
+@pytest.mark.parametrize(
+    "lane",
+    # The sanitizers' builds and runs take minutes.
+    [pytest.param(lane, marks=[pytest.mark.slow] * (lane != "plain")) for lane in emulator.LANES],
+)
+@pytest.mark.parametrize(("name", "case"), [(n, c) for n, cases in CASES.items() for c in cases])
+def test_kernels(name: str, case: str, lane: str) -> None:
+    done = emulator.run(program(name, lane), case, lane=lane, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("variables", [{"RESOPS_SIMT_SEED": "7"}, {"RESOPS_SIMT_POISON": "0"}])
+def test_order_of_threads_and_poison_change_nothing(name: str, variables: dict[str, str]) -> None:
+    for case in CASES[name]:
+        if case == "large_batch":  # a size; others have its instructions
+            continue
+        done = emulator.run(program(name, "plain"), case, **variables)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_traffic(name: str) -> None:
+    """32-byte sectors of each pass: at most 1.05 of what its tensors take."""
+    done = emulator.run(program(name, "plain"), "traffic")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("traffic ") >= 10
+
+
+def test_every_kernel_runs() -> None:
+    """Each __global__ function of csrc/cuda is launched by the programs."""
+    launched = ""
+    for name in PROGRAMS:
+        for case in ("flags", "parameters" if name == "batch_norm" else "wanted"):
+            launched += emulator.run(program(name, "plain"), case).stdout
+    defined = {
+        kernel
+        for path in SOURCES.rglob("*.cu*")
+        for kernel in re.findall(r"__global__[^;{]*?(\w+_kernel)\(", path.read_text())
+    }
+    assert len(defined) >= 10
+    assert defined == set(re.findall(r"launched \(?(\w+_kernel)", launched))

@@ -1,0 +1,90 @@
+"""Which backend a call gets where CUDA was built and where not, without a GPU; and for which
+architectures a build is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from resops import _dispatch, _native
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tensor_on(device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """As much of a tensor as the choice looks at."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+
+def built(architectures: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"cuda architectures": architectures, "cuda": "switched off (RESOPS_CUDA=0)"}
+    monkeypatch.setattr(_native, "module", SimpleNamespace(build_info=lambda: facts))
+    monkeypatch.setattr(_native, "error", None)
+    devices = {op: _dispatch._native_devices() for op in ("batch_norm", "residual_add")}
+    monkeypatch.setitem(_dispatch._KERNELS, "native", devices)
+
+
+@pytest.mark.parametrize("op", ["batch_norm", "residual_add"])
+def test_without_cuda_the_refusal_says_what_to_do(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built("none", monkeypatch)
+    assert _dispatch.refusal("native", op, tensor_on("cpu", torch.float64)) is None
+    assert _dispatch.choose(op, tensor_on("cuda")) == "reference"
+    with (
+        _dispatch.backend("native"),
+        pytest.raises(_dispatch.BackendError, match="no kernel for cuda tensors") as raised,
+    ):
+        _dispatch.choose(op, tensor_on("cuda"))
+    assert "switched off (RESOPS_CUDA=0)" in str(raised.value)
+    assert "RESOPS_CUDA=1 pip install --no-build-isolation ." in str(raised.value)
+    reason = _dispatch.refusal("native", op, tensor_on("meta"))
+    assert reason is not None and "RESOPS_CUDA" not in reason
+
+
+@pytest.mark.parametrize("op", ["batch_norm", "residual_add"])
+def test_with_cuda_the_native_kernels_take_what_they_can(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built("80-real 90a-real 90-virtual", monkeypatch)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert _dispatch.refusal("native", op, tensor_on("cuda", dtype)) is None
+        with _dispatch.backend("native"):
+            assert _dispatch.choose(op, tensor_on("cuda", dtype)) == "native"
+        # Not by themselves, as long as they have not been measured.
+        assert _dispatch.choose(op, tensor_on("cuda", dtype)) == "reference"
+    reason = _dispatch.refusal("native", op, tensor_on("cuda", torch.float64))
+    assert reason == f"the native {op} does not take torch.float64 on cuda"
+
+
+@pytest.mark.parametrize(
+    ("listed", "found"),
+    [
+        ("", ["80-real", "90a-real", "90-virtual"]),
+        ("9.0a", ["90a-real"]),
+        ("8.0 9.0+PTX", ["80-real", "90-real", "90-virtual"]),
+        ("8.6;12.0a", ["86-real", "120a-real"]),
+    ],
+)
+def test_architectures_of_a_build(listed: str, found: list[str]) -> None:
+    program = (
+        "import json, sys; sys.argv = ['setup.py', '--quiet', '--name']; import setup; "
+        "print(json.dumps(setup.cuda_architectures()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        # No nvidia-smi is found: a machine without a GPU.
+        env={**os.environ, "TORCH_CUDA_ARCH_LIST": listed, "PATH": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == found
