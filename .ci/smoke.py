@@ -31,7 +31,9 @@ if backend == "native":
     facts = _native.module.build_info()
     assert facts["version"] == resops.__version__
     # No GPU is needed to see that the ops are there for one.
-    ops = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("resops::")]
+    # The formulas of second derivatives are registered from Python, for every device.
+    names = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("resops::")]
+    ops = [name for name in names if not name.endswith("_formulas")]
     assert len(ops) >= 8, ops
     for key in ("CPU", "CUDA"):
         wanted = key == "CPU" or built == "cuda"
