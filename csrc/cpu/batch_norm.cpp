@@ -27,8 +27,9 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kPieceRows = 128;  // at least, in a channels-last reduction: one block
-constexpr int64_t kMaxPieces = 256;  // of a channels-last reduction
+// Of a channels-last reduction: rows in a piece, where there are more, and pieces.
+constexpr int64_t kPieceRows = 128;
+constexpr int64_t kMaxPieces = 256;
 
 const BatchNormKernels& kernels() { return RESOPS_ACTIVE_KERNELS(batch_norm_kernels); }
 
@@ -98,9 +99,10 @@ Partials reduce_pieces(const Walk& walk, F f) {
   Partials out;
   out.columns = walk.parameters();
   if (walk.channels_last) {
-    const int64_t rows_per =
+    const int64_t most =
         std::max({kPieceElements / walk.width, kPieceRows, ceil_div(walk.rows, kMaxPieces)});
-    const int64_t full = ceil_div(walk.rows, rows_per);
+    const int64_t full = ceil_div(walk.rows, most);
+    const int64_t rows_per = full > 0 ? ceil_div(walk.rows, full) : 1;  // of one size, for threads
     out.slots = full + (walk.tail > 0);
     out.a.reset(new double[out.slots * out.columns]);
     out.b.reset(new double[out.slots * out.columns]);
