@@ -58,10 +58,11 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [y, mean, invstd, mask] = resops::forward(x, residual, weight, bias, call);
     const auto given = [](const OptionalTensor& t) { return t ? *t : Tensor(); };
-    const bool smooth = is_smooth(parse_activation(call.activation));
+    const Activation act = parse_activation(call.activation);
+    const bool smooth = is_smooth(act), masked = residual && is_masked(act);
     ctx->save_for_backward({x, smooth ? given(residual) : Tensor(), given(weight), given(bias),
                             std::move(mean), std::move(invstd),
-                            mask.numel() > 0 ? std::move(mask) : Tensor()});
+                            masked ? std::move(mask) : Tensor()});
     // Which of the four inputs stand among the edges, in their order.
     const int64_t inputs = 1 | residual.has_value() << 1 | weight.has_value() << 2 |
                            bias.has_value() << 3 | call.training << 4;

@@ -34,6 +34,8 @@ def check_arguments(
     """
     check_input("batch_norm", x)
     check_activation(activation)
+    check_number("batch_norm_act", "momentum", momentum)
+    check_number("batch_norm_act", "eps", eps)
     size = list(x.shape)
     count = size[0] * math.prod(size[2:])
     if training and count == 1:
@@ -62,6 +64,18 @@ def check_arguments(
             )
     if residual is not None:
         check_like("residual", residual, x)
+
+
+def check_tensor(op: str, name: str, t: object) -> None:
+    """Raise TypeError unless ``t`` is a tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(t).__name__}")
+
+
+def check_number(op: str, name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a real number, or stands for one in a traced graph."""
+    if not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{op}(): argument '{name}' must be a number, not {type(value).__name__}")
 
 
 def check_input(op: str, x: Tensor) -> None:
@@ -106,6 +120,7 @@ def _check_pair(name1: str, t1: Tensor | None, name2: str, t2: Tensor | None, x:
     for name, t in ((name1, t1), (name2, t2)):
         if t is None:
             continue
+        check_tensor("batch_norm", name, t)
         if t.device != x.device:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but input is on {x.device} and "
@@ -269,10 +284,11 @@ def batch_norm(
     negative_slope: float = 0.01,
 ) -> Tensor:
     """See :func:`resops.functional.batch_norm_act`."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"batch_norm_act(): argument 'input' must be Tensor, not {type(x)}")
+    check_tensor("batch_norm_act", "input", x)
     if activation is None:
         activation = "identity"
+    if residual is not None:
+        check_tensor("batch_norm_act", "residual", residual)
     if residual is not None and residual.dtype != x.dtype:
         # torch's own add promotes; under autocast a branch may come in another dtype.
         dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -291,11 +307,22 @@ def batch_norm(
         negative_slope,
     )
     backend = _dispatch.choose("batch_norm", x)
-    if backend == "native" and is_plain_call(args[:6]):
-        try:
-            return _native_batch_norm(*args)
-        except TypeError:
-            pass  # an argument that is no tensor, number or text: the op below names it
+    if (
+        backend == "native"
+        and is_plain_call(args[:6])
+        # Anything else is converted, or refused by name, below.
+        and type(training) is bool
+        and type(momentum) is float
+        and type(eps) is float
+        and type(activation) is str
+        and type(negative_slope) is float
+    ):
+        return _native_batch_norm(*args)
+    check_activation(activation)
+    if not isinstance(training, bool):
+        raise TypeError(
+            f"batch_norm_act(): argument 'training' must be bool, not {type(training).__name__}"
+        )
     if backend == "reference" or traced_to_aten():
         # torch.jit.trace would record every look at a size; F.batch_norm checks there.
         if not torch.jit.is_tracing():  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from ..reference import residual_add as reference
 from ..reference.activation import MASKED_ACTIVATIONS, SMOOTH_ACTIVATIONS
 from ..reference.layout import empty_output
 from ..reference.residual_add import Weight, mask_size, weight_kind
-from .batch_norm import check_activation, check_input, check_like
+from .batch_norm import check_activation, check_input, check_like, check_tensor
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -375,21 +375,22 @@ def residual_add(
     """See :func:`resops.functional.residual_add`."""
     if activation is None:
         activation = "identity"
-    constant = type(alpha) is float and type(beta) is float
+    check_tensor("residual_add", "input", x)
+    check_tensor("residual_add", "residual", residual)
     if (
-        constant
+        # Constant weights; anything else is converted, or refused by name, below.
+        type(alpha) is float
+        and type(beta) is float
         and alpha_backward is None
         and beta_backward is None
-        and isinstance(x, Tensor)
-        and isinstance(residual, Tensor)
         and x.dtype == residual.dtype
+        and type(activation) is str
+        and type(negative_slope) is float
         and is_plain_call((x, residual))
         and _dispatch.choose("residual_add", x) == "native"
     ):
-        try:
-            return _native_residual_add(x, residual, alpha, beta, activation, negative_slope)
-        except TypeError:
-            pass  # an argument that is no number or text: the op below names it
+        return _native_residual_add(x, residual, alpha, beta, activation, negative_slope)
+    check_activation(activation)
     weights, backward = _parse(alpha, beta), None
     if alpha_backward is not None or beta_backward is not None:
         if activation in SMOOTH_ACTIVATIONS:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-import resops
 from resops.functional import batch_norm_act, residual_add
 from resops.ops import batch_norm as batch_norm_op
 from resops.ops import residual_add as residual_add_op
@@ -139,13 +138,75 @@ def test_a_tensor_subclass_is_dispatched_in_python(op: str) -> None:
     assert any("resops" in name for name in seen), seen
 
 
-def test_wrong_types_are_named() -> None:
-    """The C++ node's own message would list a signature of 11 arguments."""
-    x = torch.randn(2, 3, 4)
-    for wrong in ({"weight": [1.0, 1.0, 1.0], "bias": None}, {"eps": "small"}, {"momentum": None}):
-        (name, *_) = wrong
-        with pytest.raises((TypeError, RuntimeError, ValueError), match=name):
-            batch_norm_act(x, None, None, training=True, **wrong)
-    with pytest.raises((TypeError, RuntimeError), match="negative_slope"):
-        residual_add(x, x, negative_slope="steep")
-    assert resops.get_backend() == "auto"
+def wrong_calls() -> list[tuple[str, Callable[[], Tensor]]]:
+    x, running = torch.randn(2, 3, 4), (torch.zeros(3), torch.ones(3))
+
+    def norm(**wrong: Any) -> Callable[[], Tensor]:
+        arguments: dict[str, Any] = {"training": True, **wrong}
+        return lambda: batch_norm_act(x, *running, **arguments)
+
+    def add(*tensors: Any, **wrong: Any) -> Callable[[], Tensor]:
+        return lambda: residual_add(*tensors, **wrong)
+
+    return [
+        ("weight", norm(weight=[1.0, 1.0, 1.0])),
+        ("eps", norm(eps="small")),
+        ("eps", norm(eps=None)),
+        ("momentum", norm(momentum=None)),
+        ("training", norm(training=None)),
+        ("training", norm(training=2.5)),
+        ("activation", norm(activation=b"relu")),
+        ("residual", norm(residual=3.0)),
+        ("residual", add(x, 3.0)),
+        ("residual", add(x, None)),
+        ("input", add(3.0, x)),
+        ("negative_slope", add(x, x, negative_slope="steep")),
+        ("activation", add(x, x, activation=b"relu")),
+    ]
+
+
+@pytest.mark.parametrize("number", range(13))
+def test_wrong_types_are_named(number: int) -> None:
+    """By the op's own checks: pybind11 would convert some, and list a signature of 11 arguments for
+    others. They cover every wrong call."""
+    assert len(wrong_calls()) == 13
+    name, call = wrong_calls()[number]
+    with pytest.raises((TypeError, RuntimeError, ValueError), match=name):
+        call()
+
+
+def test_an_error_of_somebody_else_runs_nothing_twice() -> None:
+    """A TypeError out of a hook is not taken for a wrong argument."""
+    x, running = torch.randn(2, 3, 4, requires_grad=True), (torch.zeros(3), torch.ones(3))
+    expected = torch.zeros(3), torch.ones(3)
+    batch_norm_act(x, *expected, training=True)
+
+    def pack(t: Tensor) -> Tensor:
+        raise TypeError("not this one")
+
+    with pytest.raises(TypeError, match="not this one"), saved_tensors_hooks(pack, lambda t: t):
+        batch_norm_act(x, *running, training=True)
+    assert torch.equal(running[0], expected[0]) and torch.equal(running[1], expected[1])
+
+
+@pytest.mark.parametrize("op", ["batch_norm_act", "residual_add"])
+def test_symbolic_sizes(op: str) -> None:
+    """A fake tensor's symbolic batch stays one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import (
+        DimDynamic,
+        ShapeEnv,
+        StatelessSymbolicContext,
+    )
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    dynamic = [DimDynamic.DYNAMIC, DimDynamic.STATIC, DimDynamic.STATIC]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=dynamic)
+    x = mode.from_tensor(torch.randn(4, 6, 5).requires_grad_(), symbolic_context=context)
+    with mode:
+        if op == "batch_norm_act":
+            y = batch_norm_act(x, None, None, training=True, residual=x)
+        else:
+            y = residual_add(x, x, activation="relu")
+    batch: Any = y.shape[0]
+    assert isinstance(batch, torch.SymInt) and y.shape[1:] == (6, 5)
