@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -62,6 +64,7 @@ def main(module: str, names: Iterable[str]) -> None:
 
     for name in names:
         say(begin=name)
+        torch.manual_seed(0)  # as tests/conftest.py does for every test
         try:
             calls[name]()
         except Exception as error:
