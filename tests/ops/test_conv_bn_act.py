@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import resops
 from resops.functional import conv_bn_act
@@ -467,3 +468,29 @@ def test_functional_transforms() -> None:
     with torch.enable_grad():
         expected = torch.autograd.grad(conv_bn_act(own, *args[1:]).sum(), own)[0]
     torch.testing.assert_close(gradient, expected)
+
+
+def test_weights_are_packed_for_any_number_of_threads() -> None:
+    """oneDNN's layout for one image on two threads was slow for batches: one thread packs, and the
+    number of threads is the caller's again afterwards."""
+    seen: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func._schema.name == "mkldnn::_reorder_convolution_weight":
+                seen.append(torch.get_num_threads())
+            return func(*args, **(kwargs or {}))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        x = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(16, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), Watch():
+            conv_bn_act(x, weight, None, torch.zeros(16), torch.ones(16))
+        assert seen == [1] or not torch.backends.mkldnn.is_available()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
