@@ -163,7 +163,8 @@ def _empty(size: tuple[int, ...] | list[int], like: Tensor) -> Tensor:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    setting: Any = torch.backends.cudnn  # its newer part is not in the types of torch
+    tf32 = dtype == torch.float32 and setting.conv.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 

@@ -107,7 +107,13 @@ class Compiled:
             body = [t for address, t in code if int(target[1], 16) <= address <= end]
             counts = [
                 sum(bool(re.search(pattern, t)) for t in body)
-                for pattern in (r"\bHGMMA\b", "", r"\bBAR\b", r"\bSTS\b", r"DEPBAR\S* gsb0, 0x0\s*$")
+                for pattern in (
+                    r"\bHGMMA\b",
+                    "",
+                    r"\bBAR\b",
+                    r"\bSTS\b",
+                    r"DEPBAR\S* gsb0, 0x0\s*$",
+                )
             ]
             if counts[0] > 0:
                 loops.append(MainLoop(*counts))

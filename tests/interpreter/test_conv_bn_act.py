@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from tests.interpreter.kernels import import_kernels
 from tests.subprocess_calls import Outcome, run_calls
 
 MODULE = "tests.interpreter.conv_bn_act_calls"
@@ -50,3 +52,18 @@ def outcomes() -> dict[str, Outcome]:
 @pytest.mark.parametrize("name", NAMES)
 def test_interpreted(name: str, outcomes: dict[str, Outcome]) -> None:
     assert outcomes[name] == Outcome(None, "")
+
+
+def test_cpu_tensor_without_the_interpreter() -> None:
+    """One clear sentence, from the launcher itself."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    kernels = import_kernels("conv_bn_act")
+    x, weight, ones = torch.ones(1, 2, 3, 3), torch.ones(2, 2, 1, 1), [1, 1]
+    with pytest.raises(
+        NotImplementedError,
+        match="conv_bn_act of triton has no kernel for cpu tensors, unless TRITON_INTERPRET=1 is "
+        "set when Python starts",
+    ):
+        kernels.conv_bn_act_backward_weight(
+            x, [x], None, None, "identity", 0.0, list(weight.shape), ones, [0, 0], ones
+        )
