@@ -9,7 +9,7 @@ fp32 are computed in TF32 where torch's setting for convolutions allows it
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -492,7 +492,6 @@ def conv_bn_act_backward_weight(
     tile = tiles.choose(x.device, x.dtype, shape)
     grads, grad_step = _by_pixel(grad_y)
     slices = _slices(inputs)
-    tile = replace(tile, rows=min(tile.rows, _rows_for(max(slices[2]))))
     channel_blocks = sum(triton.cdiv(width, tile.rows) for width in slices[2])
     programs = channel_blocks * triton.cdiv(conv.filters, tile.cols) * conv.taps
     parts = _parts(x.device, programs, pixels, tile)
@@ -532,11 +531,6 @@ def conv_bn_act_backward_weight(
                 partial, grad, grad.numel(), parts, BLOCK=block
             )
     return grad
-
-
-def _rows_for(channels: int) -> int:
-    """Rows of a tile that channels fill; 64 are the fewest that all warps of four work on."""
-    return max(int(triton.next_power_of_2(channels)), 64)
 
 
 def _parts(device: torch.device, programs: int, pixels: int, tile: tiles.Tile) -> int:

@@ -13,8 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from resops import tune
 from resops.reference import conv_bn_act as reference
 from tests.interpreter.kernels import guarded_memory, import_kernels
 from tests.interpreter.test_conv_bn_act import ACTIVATIONS, GEOMETRIES, NAMES
@@ -35,23 +35,12 @@ kernels = import_kernels("conv_bn_act")
 tiles = import_kernels("tiles")
 
 
-@contextmanager
-def working_in(rows: int = 16, cols: int = 16, depth: int = 16) -> Iterator[None]:
-    """Tiles of this size, whatever the table says."""
-    before = tiles.choose
-    tiles.choose = lambda *_: tiles.Tile(rows, cols, depth, 4, 2)
-    try:
-        yield
-    finally:
-        tiles.choose = before
-
-
 def run(case: ConvCase, tile: tuple[int, int, int] = (32, 16, 16)) -> dict[str, Tensor]:
     """Our outputs; a write outside of an output or into an input is an error."""
     names = [name for name, t in vars(case).items() if isinstance(t, Tensor)]
     tensors = [*case.inputs, *(getattr(case, name) for name in names)]
     before = [t.clone() for t in tensors]
-    with guarded_memory(), working_in(*tile):
+    with guarded_memory(), tiles.forced(tiles.Tile(*tile, 4, 2)):
         ours = case.run(kernels)
     for t, old in zip(tensors, before, strict=True):
         torch.testing.assert_close(t, old, rtol=0, atol=0, equal_nan=True)
@@ -218,7 +207,7 @@ def zero_and_nan_at_relu() -> None:
     one, zero = torch.ones(1), torch.zeros(1)
     weight = torch.ones(1, 1, 1, 1)
     geometry: Any = ([1, 1], [0, 0], [1, 1])
-    with working_in():
+    with tiles.forced(tiles.Tile(16, 16, 16, 4, 2)):
         g, *_ = kernels.conv_bn_act_backward_data(
             torch.full_like(x, 2.0),
             weight,
@@ -255,6 +244,58 @@ def any_tile() -> None:
         check(case, tile)
     with guarded_memory():  # as the table has it
         case.check(case.run(kernels))
+
+
+def tuner() -> None:
+    """It takes the fastest tile that is right, and none that is wrong or does not run."""
+    small, large, wrong, broken = (tiles.Tile(rows, 16, 16, 4, 2) for rows in (16, 32, 64, 128))
+    shape = tune.Shape(5, 3, 6)
+    genuine = {name: getattr(kernels, f"conv_bn_act_{name}") for name in tiles.PASSES}
+    times = {small: 2.0, large: 1.0, wrong: 0.1, broken: 0.0}
+
+    def launch(name: str, *arguments: Any) -> Any:
+        if tiles._forced == broken:
+            raise RuntimeError("out of registers")
+        result = genuine[name](*arguments)
+        if tiles._forced == wrong:  # in one element
+            (result if name == "backward_weight" else result[0])[-1, -1, -1, -1] += 0.25
+        return result
+
+    for name in tiles.PASSES:
+        setattr(kernels, f"conv_bn_act_{name}", functools.partial(launch, name))
+    messages: list[str] = []
+    try:
+        table = tune.tune(
+            [shape],
+            2,
+            torch.float32,
+            torch.device("cpu"),
+            lambda call: (call(), times[tiles._forced])[1],
+            list(times),
+            messages.append,
+        )
+    finally:
+        for name in tiles.PASSES:
+            setattr(kernels, f"conv_bn_act_{name}", genuine[name])
+    expected = {
+        (0, 32, tune.class_of(shape, phase, prologue)): large
+        for phase in tiles.PASSES
+        for prologue in (False, True)
+    }
+    assert table == expected, table
+    for words in ("does not run: out of registers", "is wrong for Shape(channels=5"):
+        assert sum(words in message for message in messages) == len(expected), messages
+
+
+def tuner_in_16_bits() -> None:
+    """The check before the timing lets an honest tile pass: 3x3, stride 2. (Not in bfloat16, to
+    which the interpreter truncates.)"""
+    tile, shape = tiles.Tile(32, 32, 32, 4, 2), tune.Shape(5, 4, 4, 3, 2)
+    messages: list[str] = []
+    table = tune.tune(
+        [shape], 2, torch.float16, torch.device("cpu"), lambda _: 1.0, [tile], messages.append
+    )
+    assert len(table) == 6 and set(table.values()) == {tile}, messages
 
 
 def empty() -> None:
@@ -332,6 +373,8 @@ CALLS |= {
         same_bits_every_time,
         any_number_of_parts,
         any_tile,
+        tuner,
+        tuner_in_16_bits,
         empty,
         refused,
     )

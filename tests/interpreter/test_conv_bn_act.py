@@ -38,6 +38,8 @@ NAMES = [
     "same_bits_every_time",
     "any_number_of_parts",
     "any_tile",
+    "tuner",
+    "tuner_in_16_bits",
     "empty",
     "refused",
 ]
