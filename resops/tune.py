@@ -8,6 +8,7 @@ into the user's table, which later processes read. Nothing else writes that tabl
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -199,17 +200,18 @@ def tune(
                         say(f"{name}: {tile} does not run: {error}")
                         continue
                     if right:
-                        measured[tile] = measure(lambda call=call: call.run(launchers))
+                        measured[tile] = measure(functools.partial(call.run, launchers))
                     else:
                         say(f"{name}: {tile} is wrong for {shape}")
             # Relative to the fastest, so that every shape of a class has the same weight.
             fastest = min(measured.values(), default=1.0)
             times[name] = {tile: survivors[tile] * t / fastest for tile, t in measured.items()}
-    key = (_tiles().capability_of(device), 8 * dtype.itemsize)
+    capability, bits = _tiles().capability_of(device), 8 * dtype.itemsize
     table = {}
     for name, scores in times.items():
         if scores:
-            table[(*key, name)] = best = min(scores, key=lambda tile: scores[tile])
+            best = min(scores, key=lambda tile: scores[tile])
+            table[capability, bits, name] = best
             say(f"{name}: {best}")
     return table
 

@@ -32,6 +32,8 @@ docs/math/conv_bn_act.md has the formulas.
 
 from __future__ import annotations
 
+import inspect
+
 import triton
 import triton.language as tl
 
@@ -40,6 +42,48 @@ from .batch_norm_kernels import merge_lanes
 
 # Triton's interpreter returns garbage for tl.dot of bf16; products of 16 bits are exact in fp32.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# Sizes of which no address is made directly. A kernel compiled for each that happens to be 1, or a
+# multiple of 16, would be many kernels, and ptxas takes a product of one of them as it should and
+# serialises it in the next.
+_NOT_SPECIALISED = (
+    "rows",
+    "blocks",
+    "pixels",
+    "part_pixels",
+    "channel_blocks",
+    "height",
+    "width",
+    "out_height",
+    "out_width",
+    "class_height",
+    "class_width",
+    "stride_height",
+    "stride_width",
+    "padding_height",
+    "padding_width",
+    "dilation_height",
+    "dilation_width",
+    "residue_height",
+    "residue_width",
+    "top",
+    "left",
+    "tap_height",
+    "tap_width",
+    "first_tap",
+    "tap_down",
+    "tap_across",
+    "taps_down",
+    "taps",
+    "first_tile",
+)
+
+
+def _kernel(function):
+    """triton.jit, with the sizes above left general."""
+    names = [name for name in _NOT_SPECIALISED if name in inspect.signature(function).parameters]
+    return triton.jit(do_not_specialize=names)(function)
+
 
 # ---- operands -----------------------------------------------------------------------------------
 
@@ -174,7 +218,7 @@ def _taps_times_weight(
 # ---- forward ------------------------------------------------------------------------------------
 
 
-@triton.jit
+@_kernel
 def conv_bn_act_forward_kernel(
     x_ptrs,
     pixel_strides,
@@ -320,7 +364,7 @@ def _prologue_gradient(g, x, scale, shift, slope, PROLOGUE: tl.constexpr):
     return g
 
 
-@triton.jit
+@_kernel
 def conv_bn_act_backward_data_kernel(
     grad_y_ptr,
     grad_y_pixel_stride,
@@ -470,7 +514,7 @@ def conv_bn_act_backward_data_merge_kernel(
 # ---- backward: weight ---------------------------------------------------------------------------
 
 
-@triton.jit
+@_kernel
 def conv_bn_act_backward_weight_kernel(
     grad_y_ptr,
     grad_y_pixel_stride,

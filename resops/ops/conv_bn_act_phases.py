@@ -9,6 +9,9 @@ kernels walk over channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -93,7 +96,7 @@ def fake_backward_weight(
     return empty_channels_last(grad_y, weight_size)
 
 
-FAKES = {
+FAKES: dict[str, Callable[..., Any]] = {
     "forward": fake_forward,
     "backward_data": fake_backward_data,
     "backward_weight": fake_backward_weight,

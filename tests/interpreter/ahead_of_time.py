@@ -135,25 +135,26 @@ def _describe(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str,
     constants: list[tuple[Path_, Any]] = []
     divisible: list[Path_] = []
 
-    def kind(value: Any, path: Path_, constant: bool) -> Any:
+    def kind(value: Any, path: Path_, constant: bool, specialise: bool) -> Any:
         """The type of an argument, as Triton's launcher sees it."""
         if isinstance(value, tuple):
-            return tuple(kind(v, (*path, i), constant) for i, v in enumerate(value))
+            return tuple(kind(v, (*path, i), constant, specialise) for i, v in enumerate(value))
         if isinstance(value, Tensor):
             if value.data_ptr() % 16 == 0:
                 divisible.append(path)
             return _POINTERS[value.dtype]
-        if constant or value is None or (type(value) is int and value == 1):
+        if constant or value is None or (specialise and type(value) is int and value == 1):
             constants.append((path, value))
             return "constexpr"
         if isinstance(value, float):
             return "fp32"
-        if value % 16 == 0:
+        if specialise and value % 16 == 0:
             divisible.append(path)
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     signature = [
-        (p.name, kind(given[p.name], (i,), p.is_constexpr)) for i, p in enumerate(kernel.params)
+        (p.name, kind(given[p.name], (i,), p.is_constexpr, not p.do_not_specialize))
+        for i, p in enumerate(kernel.params)
     ]
     options = [(k, v) for k, v in kwargs.items() if k in ("num_warps", "num_stages")]
     return Launch(

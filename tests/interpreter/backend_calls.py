@@ -203,7 +203,8 @@ def conv_operators() -> None:
 def conv_phases_compiled() -> None:
     """The phases are nodes of one graph, and give the same bits."""
     case, ops = conv_phases(), torch.ops.resops_triton
-    eager, called = case.run(ops), []
+    eager = case.run(ops)
+    called: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         called.extend(str(node.target) for node in graph.graph.nodes)
