@@ -18,6 +18,7 @@ from .. import _dispatch, _magnitude
 from ..reference import conv_bn_act as reference
 from ..reference.activation import activate
 from ..reference.conv_bn_act import Size, convolution
+from . import conv_bn_act_phases  # noqa: F401  (its fake kernels are registered)
 from .batch_norm import batch_norm, check_activation
 
 _HALF = (torch.float16, torch.bfloat16)
