@@ -1,8 +1,8 @@
 // A small matrix product that stays in registers, from which the convolutions build theirs.
 //
-// out[r][j] (+)= sum over i of a(r, i) * b(i, j) for up to kRows rows and one panel of kPanel columns.
-// Every element is one chain of fused multiply-adds in the order of i, whatever the rows around it:
-// how a product is cut does not change its bits.
+// out[r][j] (+)= sum over i of a(r, i) * b(i, j) for up to kRows rows and one panel of kPanel
+// columns. Every element is one chain of fused multiply-adds in the order of i, whatever the rows
+// around it: how a product is cut does not change its bits.
 //
 // Included by *_kernels.cpp only, inside the namespace of one instruction set.
 

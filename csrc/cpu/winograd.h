@@ -1,9 +1,9 @@
 // The transforms of Winograd's minimal filtering, F(4x4, 3x3) and F(2x2, 3x3), over Packs.
 //
-// y = A^T [ (G w G^T) * (B^T d B) ] A  for a tile of kOut x kOut outputs, kIn = kOut + 2 inputs along
-// a side, interpolated at 0, 1, -1 (, 2, -2) and infinity: Lavin and Gray, "Fast Algorithms for
-// Convolutional Neural Networks", 2016. The gradient of w is the same product transposed:
-// G^T [ (A g A^T) * (B^T d B) ] G.
+// y = A^T [ (G w G^T) * (B^T d B) ] A  for a tile of kOut x kOut outputs, kIn = kOut + 2 inputs
+// along a side, interpolated at 0, 1, -1 (, 2, -2) and infinity: Lavin and Gray, "Fast Algorithms
+// for Convolutional Neural Networks", 2016. The gradient of w is the same product transposed: G^T [
+// (A g A^T) * (B^T d B) ] G.
 //
 // Included by *_kernels.cpp only, inside the namespace of one instruction set.
 
@@ -110,8 +110,8 @@ struct Winograd<2> {
 // Applies a matrix of kTo rows to both sides of a square of kFrom x kFrom values:
 // out(i, j, value) is called for the kTo x kTo results, row by row.
 template <int kFrom, int kTo, class Matrix, class Out>
-inline __attribute__((always_inline)) void both_sides(const Value (&in)[kFrom][kFrom], Matrix matrix,
-                                                      Out out) {
+inline __attribute__((always_inline)) void both_sides(const Value (&in)[kFrom][kFrom],
+                                                      Matrix matrix, Out out) {
   Value half[kFrom][kTo];  // one side done: half[j] is column j of matrix * in, transposed
 #pragma GCC unroll 6
   for (int j = 0; j < kFrom; ++j) {

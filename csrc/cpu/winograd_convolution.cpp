@@ -12,7 +12,7 @@
 
 #include "../common/tensor_checks.h"
 #include "driver.h"
-#include "winograd_kernels.h"
+#include "conv_bn_act_kernels.h"
 
 namespace resops {
 namespace {
@@ -64,8 +64,9 @@ struct PrologueValues {
 };
 
 WeightView weight_view(const Tensor& w, bool turned) {
-  WeightView v{kernel_dtype(w), const_cast<void*>(w.const_data_ptr()), w.stride(0), w.stride(1),
-               w.stride(2), w.stride(3)};
+  WeightView v{kernel_dtype(w), const_cast<void*>(w.const_data_ptr()),
+               w.stride(0),     w.stride(1),
+               w.stride(2),     w.stride(3)};
   if (turned) {
     std::swap(v.out_stride, v.in_stride);
     v.data = static_cast<char*>(v.data) +
@@ -136,7 +137,10 @@ int64_t gradient_block(const WinogradGeometry& g, int64_t tiles) {
 // Sums of a convolution's blocks, in the order of the blocks.
 struct BlockSums {
   BlockSums(int64_t blocks, int64_t channels_, bool wanted)
-      : channels(channels_), counts(blocks), first(wanted ? blocks * channels_ : 0), second(first) {}
+      : channels(channels_),
+        counts(blocks),
+        first(wanted ? blocks * channels_ : 0),
+        second(first) {}
 
   double* first_at(int64_t block) { return first.data() + (first.empty() ? 0 : block * channels); }
   double* second_at(int64_t block) {
@@ -187,9 +191,9 @@ void convolve_blocks(const WinogradGeometry& g, const WinogradOutput& output, in
       for (int64_t i = begin; i < end; ++i) {
         const WinogradOperands operands = operands_of(i, inputs.mutable_data_ptr<float>());
         k.transform_inputs(g, operands, 0, operands.tiles);
-        sums.counts[i] = k.convolve(g, output, operands, {0, g.out_channels},
-                                    space.mutable_data_ptr<float>(), sums.first_at(i),
-                                    sums.second_at(i));
+        sums.counts[i] =
+            k.convolve(g, output, operands, {0, g.out_channels}, space.mutable_data_ptr<float>(),
+                       sums.first_at(i), sums.second_at(i));
       }
     });
     return;
@@ -242,8 +246,14 @@ int winograd_tile(int64_t out_height, int64_t out_width) {
 }
 
 Tensor winograd_transform_weight(const Tensor& weight, bool turned, int tile) {
-  const int64_t in_channels = weight.size(turned ? 0 : 1), out_channels = weight.size(turned ? 1 : 0);
+  const int64_t in_channels = weight.size(turned ? 0 : 1),
+                out_channels = weight.size(turned ? 1 : 0);
   return transform_weight(weight_view(weight, turned), tile, in_channels, out_channels);
+}
+
+bool is_transformed_weight(const Tensor& transformed, at::IntArrayRef weight_size, int tile) {
+  return transformed.scalar_type() == at::kFloat && transformed.is_contiguous() &&
+         transformed.numel() == kernels().weight_size(tile, weight_size[1], weight_size[0]);
 }
 
 std::tuple<Tensor, Tensor> winograd_forward(at::TensorList inputs, const ChannelPrologue& prologue,
@@ -314,7 +324,8 @@ void winograd_backward_weight(const Tensor& grad_y, at::TensorList inputs,
   const int64_t block = gradient_block(g, images.tiles), blocks = ceil_div(images.tiles, block);
   const int64_t panels = ceil_div(g.in_channels, k.panel);
   const int64_t row_ranges = ceil_div(g.out_channels, kGradientRows);
-  const int64_t unit_size = k.product_size(g.tile, k.panel, std::min(kGradientRows, g.out_channels));
+  const int64_t unit_size =
+      k.product_size(g.tile, k.panel, std::min(kGradientRows, g.out_channels));
   // With several blocks the products of all units wait for the next one; of as many as may wait.
   const int64_t row_bytes = row_ranges * unit_size * static_cast<int64_t>(sizeof(float));
   const int64_t group =

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -41,22 +42,32 @@ int winograd_tile(int64_t out_height, int64_t out_width);
 // instruction set in use. `turned` is the weight of the gradient of the input.
 at::Tensor winograd_transform_weight(const at::Tensor& weight, bool turned, int tile);
 
+// Whether `transformed` is of the instruction set in use, for a weight of this size.
+bool is_transformed_weight(const at::Tensor& transformed, at::IntArrayRef weight_size, int tile);
+
 // The convolution of `inputs` side by side into `out`, and the two vectors of the epilogue, empty
 // ones where there are none. Neighbouring channels of inputs, addend and argument are copied into
 // neighbouring places where they are not; those of `out` are there.
 // With `turned`, `weight` is (C_in, C, 3, 3), and turned by half a circle: that is the gradient of
 // a convolution's input. `transformed` is null or what winograd_transform_weight made of them.
-std::tuple<at::Tensor, at::Tensor> winograd_forward(at::TensorList inputs,
-                                                    const ChannelPrologue& prologue,
-                                                    const at::Tensor& weight, bool turned,
-                                                    at::IntArrayRef padding,
-                                                    const ConvolutionEpilogue& epilogue,
-                                                    const at::Tensor* transformed,
-                                                    const at::Tensor& out);
+std::tuple<at::Tensor, at::Tensor> winograd_forward(
+    at::TensorList inputs, const ChannelPrologue& prologue, const at::Tensor& weight, bool turned,
+    at::IntArrayRef padding, const ConvolutionEpilogue& epilogue, const at::Tensor* transformed,
+    const at::Tensor& out);
 
 // The gradient of the weight, (C, C_in, 3, 3), into `grad_weight`.
 void winograd_backward_weight(const at::Tensor& grad_y, at::TensorList inputs,
                               const ChannelPrologue& prologue, at::IntArrayRef padding,
                               const at::Tensor& grad_weight);
+
+// For inference: act( conv(x) + bias [+ residual] ) with a weight that was transformed once.
+// `transformed` is what winograd_weight made of `weight` for this size of the output; made for
+// another instruction set, it is not used.
+at::Tensor winograd_weight(const at::Tensor& weight, int64_t out_height, int64_t out_width);
+at::Tensor folded_winograd(const at::Tensor& x, const at::Tensor& weight,
+                           const at::Tensor& transformed, const at::Tensor& bias,
+                           const std::optional<at::Tensor>& residual,
+                           const std::vector<int64_t>& padding, const std::string& activation,
+                           double negative_slope);
 
 }  // namespace resops

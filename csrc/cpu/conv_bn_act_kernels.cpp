@@ -6,7 +6,7 @@
 // within the second-level cache; what comes before and after the convolution is applied on the way
 // in and on the way out. Everything is float32 inside, whatever the tensors are.
 
-#include "winograd_kernels.h"
+#include "conv_bn_act_kernels.h"
 
 #include <algorithm>
 
@@ -535,7 +535,9 @@ int64_t operand_size(int tile, int64_t channels, int64_t tiles) {
   return points_of(tile) * plane_size(channels, tiles);
 }
 // A product is written row after row, and needs no vector more.
-int64_t product_width(ChannelRange in) { return (in.end - in.begin + kLanes - 1) / kLanes * kLanes; }
+int64_t product_width(ChannelRange in) {
+  return (in.end - in.begin + kLanes - 1) / kLanes * kLanes;
+}
 int64_t product_plane(ChannelRange in, ChannelRange out) {
   return product_width(in) * (out.end - out.begin) + kLanes;
 }

@@ -1,9 +1,9 @@
 // Interface between the convolution driver and the Winograd kernels, one table per instruction set.
 //
-// Images are channels-last: neighbours in memory are neighbouring channels, and everything else is a
-// stride, so that a slice of a wider tensor's channels needs no copy. Outputs are cut into tiles of
-// `tile` x `tile`, counted over images, rows and columns; a tile has (tile + 2)^2 points at which
-// the transformed operands are multiplied. docs/math/conv_bn_act.md has the formulas.
+// Images are channels-last: neighbours in memory are neighbouring channels, and everything else is
+// a stride, so that a slice of a wider tensor's channels needs no copy. Outputs are cut into tiles
+// of `tile` x `tile`, counted over images, rows and columns; a tile has (tile + 2)^2 points at
+// which the transformed operands are multiplied. docs/math/conv_bn_act.md has the formulas.
 
 #pragma once
 
@@ -47,8 +47,8 @@ enum class Sums {
   gradient,    // of the rounded outputs g: sum(g) and sum(g * (argument - mean))
 };
 
-// Element (out, in, row, column) of a weight is data[out * out_stride + ...]; a weight that is turned
-// around has negative strides.
+// Element (out, in, row, column) of a weight is data[out * out_stride + ...]; a weight that is
+// turned around has negative strides.
 struct WeightView {
   DType dtype;
   void* data;

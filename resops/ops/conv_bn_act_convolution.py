@@ -1,0 +1,147 @@
+"""The convolution of conv_bn_act alone, by the native kernels where those are faster.
+
+A 3x3 convolution of stride 1 in float32, channels-last, on a CPU: forward, gradient of the input
+and gradient of the weight each take the algorithm that was measured to be the faster one
+(csrc/cpu/conv_path.cpp), Winograd's or the library's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch, _precision
+from .._autograd import apply_function, traced_to_aten
+from ..reference.conv_bn_act import Size
+from ..reference.conv_bn_act import convolution as library_convolution
+
+_PLAIN = (None, None, "identity", 0.0)  # no prologue
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+# Fewer channels leave most lanes of Winograd's transforms idle.
+_LEAST_CHANNELS = 16
+
+
+class ConvolutionFunction(torch.autograd.Function):
+    """y = conv(x) + bias; x and the weight are kept for the backward pass."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
+        y: Tensor = torch.ops.resops.conv_bn_act_forward(
+            [x], *_PLAIN, weight, bias, None, "identity", 0.0, (1, 1), padding, (1, 1), False
+        )[0]
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, ctx.padding = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
+        )
+        ctx.sizes = x.shape, weight.shape
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_y is None:
+            return (None,) * 4
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable_backward(ctx, grad_y, x, weight), None
+        input_size, weight_size = ctx.sizes
+        ops, geometry = torch.ops.resops, ((1, 1), ctx.padding, (1, 1))
+        grad_x = grad_weight = grad_bias = None
+        if need_x:
+            grad_x = ops.conv_bn_act_backward_data(
+                grad_y, weight, input_size, None, *_PLAIN, None, None, None, *geometry
+            )[0]
+        if need_weight:
+            grad_weight = ops.conv_bn_act_backward_weight(
+                grad_y, [x], *_PLAIN, weight_size, *geometry
+            )
+        if need_bias:
+            grad_bias = grad_y.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _differentiable_backward(
+    ctx: Any, grad_y: Tensor, x: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The same by PyTorch's own op, of which only the size of what was not kept is asked for."""
+    input_size, weight_size = ctx.sizes
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        grad_y,
+        grad_y.new_empty(1).expand(input_size) if x is None else x,
+        grad_y.new_empty(1).expand(weight_size) if weight is None else weight,
+        [weight_size[0]],
+        (1, 1),
+        ctx.padding,
+        (1, 1),
+        False,
+        (0, 0),
+        1,
+        list(ctx.needs_input_grad[:3]),
+    )
+
+
+def _pair(size: Any) -> tuple[int, ...] | None:
+    if isinstance(size, int):
+        return (size, size)
+    return tuple(size) if isinstance(size, tuple | list) and len(size) == 2 else None
+
+
+def _native_padding(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+) -> tuple[int, ...] | None:
+    """The padding of a call that the native convolution takes, else None."""
+    if type(x) not in _PLAIN_TENSORS or x.device.type != "cpu" or x.dtype != torch.float32:
+        return None
+    if weight.shape[2:] != (3, 3) or x.dim() != 4 or groups != 1:
+        return None
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        return None
+    if _pair(stride) != (1, 1) or _pair(dilation) != (1, 1):
+        return None
+    pads = {"same": (1, 1), "valid": (0, 0)}.get(padding) if isinstance(padding, str) else None
+    pads = pads or _pair(padding)
+    if pads is None or not 0 <= min(pads) <= max(pads) <= 2 or x.size(1) != weight.size(1):
+        return None
+    if min(weight.shape[:2]) < _LEAST_CHANNELS or x.numel() == 0 or min(x.shape[2:]) < 3:
+        return None
+    if not (_is_channels_last(x) or _is_channels_last(weight)):
+        return None  # the output of torch's own convolution would be contiguous
+    if _precision.get_conv_precision() == "highest" or torch.is_autocast_enabled("cpu"):
+        return None
+    # Before anything is called that such a transformation does not know.
+    if traced_to_aten() or _dispatch.get_backend() not in ("auto", "native"):
+        return None
+    return None if _dispatch.refusal("native", "conv_bn_act", x) is not None else pads
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+) -> Tensor:
+    """:func:`resops.reference.conv_bn_act.convolution`, natively where that is faster."""
+    pads = _native_padding(x, weight, bias, stride, padding, dilation, groups)
+    if pads is None:
+        return library_convolution(x, weight, bias, stride, padding, dilation, groups)
+    y: Tensor = apply_function(ConvolutionFunction, x, weight, bias, pads)
+    return y
