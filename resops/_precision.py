@@ -39,7 +39,7 @@ def get_conv_precision() -> str:
     return _precision
 
 
-class set_conv_precision:  # noqa: N801 - a function that is a context manager too, as torch has them
+class set_conv_precision:  # a function that is a context manager too, as torch has them
     """Choose how exact float32 convolutions are, in all threads, forward and backward.
 
     As a function it holds from now on; as a context manager, until the end of the block. The

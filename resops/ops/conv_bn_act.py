@@ -17,9 +17,11 @@ from torch import Tensor
 from .. import _dispatch, _magnitude, _native, _precision
 from ..reference import conv_bn_act as reference
 from ..reference.activation import activate
-from ..reference.conv_bn_act import Size, convolution
+from ..reference.conv_bn_act import Size
+from ..reference.conv_bn_act import convolution as library_convolution
 from . import conv_bn_act_phases  # noqa: F401  (its fake kernels are registered)
 from .batch_norm import batch_norm, check_activation
+from .conv_bn_act_convolution import convolution
 
 _HALF = (torch.float16, torch.bfloat16)
 _CASTABLE = (*_HALF, torch.float32)
