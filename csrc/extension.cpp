@@ -58,9 +58,7 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("dilation"),
         "The algorithm of a phase of conv_bn_act on the CPU, 'winograd' or 'library', and why.");
   m.def("winograd_weight", torch::wrap_pybind_function_no_gil(&resops::winograd_weight),
-        "A 3x3 weight at all points, for folded_winograd.");
-  m.def("folded_winograd", torch::wrap_pybind_function_no_gil(&resops::folded_winograd),
-        "act( conv(x) + bias [+ residual] ) with the output of winograd_weight.");
+        "A 3x3 weight at all points, for torch.ops.resops.conv_bn_act_folded.");
   // Exceptions as torch's own functions raise them; other threads may run Python code meanwhile.
   m.def("batch_norm", torch::wrap_pybind_function_no_gil(&resops::batch_norm),
         "batch_norm_forward with its gradient: y alone.");

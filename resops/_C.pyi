@@ -20,13 +20,3 @@ def conv_path(
     dilation: list[int],
 ) -> tuple[str, str]: ...
 def winograd_weight(weight: Tensor, out_height: int, out_width: int) -> Tensor: ...
-def folded_winograd(
-    x: Tensor,
-    weight: Tensor,
-    transformed: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    padding: tuple[int, ...],
-    activation: str,
-    negative_slope: float,
-) -> Tensor: ...

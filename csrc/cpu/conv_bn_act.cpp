@@ -14,6 +14,8 @@
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/leaky_relu_backward.h>
+#include <ATen/ops/mkldnn_convolution.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/relu.h>
@@ -120,11 +122,59 @@ Tensor normalised(at::TensorList inputs, const ChannelPrologue& prologue, std::s
       op.call(x, {}, prologue.scale, prologue.shift, zero, one, name, prologue.negative_slope));
 }
 
-Tensor library_convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+// The values of a dense channels-last image as rows of channels, every `stride` positions.
+Tensor rows(const Tensor& t, at::IntArrayRef stride) {
+  Tensor picked = t;
+  for (int64_t d = 0; d < 2; ++d) {
+    if (stride[d] > 1) picked = picked.slice(d + 2, 0, std::nullopt, stride[d]);
+  }
+  return picked.permute({0, 2, 3, 1}).reshape({-1, t.size(1)});
+}
+Tensor as_matrix(const Tensor& weight) { return weight.reshape({weight.size(0), weight.size(1)}); }
+
+constexpr std::array<int64_t, 2> kEveryPosition{1, 1};
+
+Tensor library_convolution(ConvAlgorithm algorithm, const Tensor& x, const Tensor& weight,
+                           const OptionalTensor& bias, at::IntArrayRef size,
                            const ConvGeometry& geometry) {
+  if (algorithm == ConvAlgorithm::matrix_product) {
+    const Tensor y = empty_channels_last(size, x.options());
+    Tensor out = rows(y, kEveryPosition);
+    at::mm_out(out, rows(x, geometry.stride), as_matrix(weight).t());
+    if (bias) out.add_(*bias);
+    return y;
+  }
+  if (algorithm == ConvAlgorithm::onednn) {
+    return at::mkldnn_convolution(x, weight, bias, geometry.padding, geometry.stride,
+                                  geometry.dilation, 1);
+  }
   const std::vector<int64_t> no_output_padding(geometry.stride.size(), 0);
   return at::convolution(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation,
                          false, no_output_padding, 1);
+}
+
+Tensor matrix_backward_data(const Tensor& grad_y, const Tensor& weight, at::IntArrayRef input_size,
+                            at::IntArrayRef stride) {
+  const Tensor g = empty_channels_last(input_size, grad_y.options());
+  const Tensor grad_rows = rows(grad_y, kEveryPosition);
+  if (stride[0] == 1 && stride[1] == 1) {
+    Tensor out = rows(g, stride);
+    at::mm_out(out, grad_rows, as_matrix(weight));
+    return g;
+  }
+  const Tensor out = at::mm(grad_rows, as_matrix(weight));
+  const at::DimVector picked{grad_y.size(0), grad_y.size(2), grad_y.size(3), weight.size(1)};
+  g.zero_();
+  g.slice(2, 0, std::nullopt, stride[0])
+      .slice(3, 0, std::nullopt, stride[1])
+      .copy_(out.view(picked).permute({0, 3, 1, 2}));
+  return g;
+}
+
+void matrix_backward_weight(const Tensor& grad_y, const Tensor& x, at::IntArrayRef stride,
+                            const Tensor& grad_weight) {
+  Tensor out = as_matrix(grad_weight);
+  at::mm_out(out, rows(grad_y, kEveryPosition).t(), rows(x, stride));
 }
 
 Tensor library_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
@@ -170,8 +220,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_bn_act_forward(
   }
 
   const bool wide_bias = conv_bias && conv_bias->scalar_type() != x.scalar_type();
-  Tensor y = library_convolution(in_channels_last(normalised(inputs, on_load, prologue)),
-                                 conv_weight, wide_bias ? std::nullopt : conv_bias, geometry);
+  const Tensor dense = in_channels_last(normalised(inputs, on_load, prologue));
+  Tensor y = library_convolution(path.algorithm, dense, conv_weight,
+                                 wide_bias ? std::nullopt : conv_bias, size, geometry);
   if (wide_bias || residual || act != Activation::identity) {
     Tensor c = wide(y);
     if (wide_bias) c = at::add(c, like_channel(*conv_bias, c));
@@ -212,9 +263,15 @@ std::tuple<Tensor, Tensor, Tensor> conv_bn_act_backward_data(
     return {g, sum_g, sum_g_xhat};
   }
 
-  // Only the size of the convolution's input is asked for.
-  const Tensor input = x ? *x : empty_channels_last(input_size, grad_y.options());
-  Tensor g = library_backward(in_channels_last(grad_y), input, conv_weight, geometry, false);
+  const Tensor grad = in_channels_last(grad_y);
+  Tensor g;
+  if (path.algorithm == ConvAlgorithm::matrix_product) {
+    g = matrix_backward_data(grad, conv_weight, input_size, stride);
+  } else {
+    // Only the size of the convolution's input is asked for.
+    const Tensor input = x ? *x : empty_channels_last(input_size, grad_y.options());
+    g = library_backward(grad, input, conv_weight, geometry, false);
+  }
   const bool derivative = scale && before != Activation::identity;
   if (addend || derivative) {
     Tensor sum = wide(g);
@@ -251,8 +308,43 @@ Tensor conv_bn_act_backward_weight(const Tensor& grad_y, at::TensorList inputs,
     return grad_weight;
   }
   const Tensor x = in_channels_last(normalised(inputs, on_load, prologue));
-  return in_channels_last(
-      library_backward(in_channels_last(grad_y), x, grad_weight, geometry, true));
+  const Tensor grad = in_channels_last(grad_y);
+  if (path.algorithm == ConvAlgorithm::matrix_product) {
+    matrix_backward_weight(grad, x, stride, grad_weight);
+    return grad_weight;
+  }
+  return in_channels_last(library_backward(grad, x, grad_weight, geometry, true));
+}
+
+// act( conv(x) + bias [+ residual] ) with a weight that winograd_weight has transformed; one of
+// another instruction set is not used.
+Tensor conv_bn_act_folded(const Tensor& x, const Tensor& conv_weight, const Tensor& at_points,
+                          const Tensor& conv_bias, const OptionalTensor& residual,
+                          std::string_view activation, double negative_slope,
+                          at::IntArrayRef padding) {
+  const Activation act = parse_activation(activation);
+  const std::array<int64_t, 2> ones{1, 1};
+  const ConvGeometry geometry{ones, padding, ones};
+  const OptionalTensor none;
+  const auto size =
+      check_conv_bn_act_forward({&x, 1}, {none, none, Activation::identity}, conv_weight, conv_bias,
+                                residual, act, geometry, false);
+  TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == at::kFloat && conv_weight.dim() == 4 &&
+                  conv_weight.size(2) == 3 && conv_weight.size(3) == 3 && padding[0] <= 2 &&
+                  padding[1] <= 2,
+              "conv_bn_act_folded expects float32 on the CPU, a 3x3 kernel and a padding up to 2");
+  Tensor y = empty_channels_last(size, x.options());
+  if (y.numel() == 0) return y;
+  ConvolutionEpilogue epilogue;
+  epilogue.bias = conv_bias;
+  epilogue.addend = residual;
+  epilogue.activation = act;
+  epilogue.negative_slope = negative_slope;
+  const bool usable =
+      is_transformed_weight(at_points, conv_weight.sizes(), winograd_tile(size[2], size[3]));
+  winograd_forward({&x, 1}, {}, conv_weight, false, padding, epilogue,
+                   usable ? &at_points : nullptr, y);
+  return y;
 }
 
 }  // namespace
@@ -264,36 +356,16 @@ Tensor winograd_weight(const Tensor& weight, int64_t out_height, int64_t out_wid
   return winograd_transform_weight(weight, false, winograd_tile(out_height, out_width));
 }
 
-Tensor folded_winograd(const Tensor& x, const Tensor& weight, const Tensor& transformed,
-                       const Tensor& bias, const OptionalTensor& residual,
-                       const std::vector<int64_t>& padding, const std::string& activation,
-                       double negative_slope) {
-  const Activation act = parse_activation(activation);
-  const std::vector<int64_t> ones(2, 1);
-  const ConvGeometry geometry{ones, padding, ones};
-  const OptionalTensor none;
-  const auto size = check_conv_bn_act_forward({&x, 1}, {none, none, Activation::identity}, weight,
-                                              bias, residual, act, geometry, false);
-  TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == at::kFloat && weight.dim() == 4 &&
-                  weight.size(2) == 3 && weight.size(3) == 3 && padding[0] <= 2 && padding[1] <= 2,
-              "folded_winograd expects float32 on the CPU, a 3x3 kernel and a padding up to 2");
-  Tensor y = empty_channels_last(size, x.options());
-  if (y.numel() == 0) return y;
-  ConvolutionEpilogue epilogue;
-  epilogue.bias = bias;
-  epilogue.addend = residual;
-  epilogue.activation = act;
-  epilogue.negative_slope = negative_slope;
-  const bool usable =
-      is_transformed_weight(transformed, weight.sizes(), winograd_tile(size[2], size[3]));
-  winograd_forward({&x, 1}, {}, weight, false, padding, epilogue, usable ? &transformed : nullptr,
-                   y);
-  return y;
-}
-
 }  // namespace resops
 
+TORCH_LIBRARY_FRAGMENT(resops, m) {
+  m.def(
+      "conv_bn_act_folded(Tensor x, Tensor conv_weight, Tensor at_points, Tensor conv_bias, "
+      "Tensor? residual, str activation, float negative_slope, SymInt[] padding) -> Tensor");
+}
+
 TORCH_LIBRARY_IMPL(resops, CPU, m) {
+  m.impl("conv_bn_act_folded", &resops::conv_bn_act_folded);
   m.impl("conv_bn_act_forward", &resops::conv_bn_act_forward);
   m.impl("conv_bn_act_backward_data", &resops::conv_bn_act_backward_data);
   m.impl("conv_bn_act_backward_weight", &resops::conv_bn_act_backward_weight);

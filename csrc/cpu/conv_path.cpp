@@ -46,6 +46,24 @@ const char* winograd_refusal(const ConvCall& call) {
   return nullptr;
 }
 
+// Positions of an image up to which a matrix product is the faster forward pass of a 1x1
+// convolution; oneDNN cuts larger ones better.
+constexpr int64_t kFewPositions = 14 * 14;
+
+bool is_pointwise(const ConvCall& call) {
+  return call.weight_size.size() == 4 && call.weight_size[2] == 1 && call.weight_size[3] == 1 &&
+         all(call.padding, 0) && has_elements(call.input_size) && has_elements(call.output_size);
+}
+
+// torch computes 1x1 convolutions in float32 by a path of its own, which is slower than both.
+ConvPath pointwise_path(const ConvCall& call) {
+  const int64_t positions = call.output_size[2] * call.output_size[3];
+  if (call.direction == ConvDirection::forward && positions > kFewPositions) {
+    return {ConvAlgorithm::onednn, "1x1, more than 196 positions"};
+  }
+  return {ConvAlgorithm::matrix_product, "1x1"};
+}
+
 // Whether oneDNN has instructions for products in this dtype, which four times fewer products in
 // float32 do not make up for.
 bool has_products(at::ScalarType dtype) {
@@ -77,6 +95,8 @@ constexpr std::array<std::pair<const char*, ConvDirection>, 3> kDirections{
     {{"forward", ConvDirection::forward},
      {"backward_data", ConvDirection::backward_data},
      {"backward_weight", ConvDirection::backward_weight}}};
+constexpr std::array<const char*, 4> kAlgorithmNames{"library", "onednn", "matrix_product",
+                                                     "winograd"};
 constexpr std::array<std::pair<const char*, at::ScalarType>, 4> kDtypes{
     {{"float32", at::kFloat},
      {"bfloat16", at::kBFloat16},
@@ -87,6 +107,9 @@ constexpr std::array<std::pair<const char*, at::ScalarType>, 4> kDtypes{
 
 ConvPath conv_path(const ConvCall& call) {
   const Wanted wanted = wanted_algorithm;
+  if (wanted != Wanted::library && call.dtype == at::kFloat && is_pointwise(call)) {
+    return pointwise_path(call);
+  }
   if (const char* refusal = winograd_refusal(call)) return {ConvAlgorithm::library, refusal};
   if (wanted == Wanted::library) return {ConvAlgorithm::library, "the algorithm is set"};
   if (wanted == Wanted::winograd) return {ConvAlgorithm::winograd, "the algorithm is set"};
@@ -122,7 +145,7 @@ std::pair<std::string, std::string> describe_conv_path(
   const ConvPath path =
       conv_path({by_name(kDirections, direction, "direction"), by_name(kDtypes, dtype, "dtype"),
                  input_size, output_size, weight_size, stride, padding, dilation});
-  return {path.algorithm == ConvAlgorithm::winograd ? "winograd" : "library", path.reason};
+  return {kAlgorithmNames[static_cast<size_t>(path.algorithm)], path.reason};
 }
 
 }  // namespace resops

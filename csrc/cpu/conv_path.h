@@ -12,7 +12,12 @@ namespace resops {
 
 enum class ConvDirection { forward, backward_data, backward_weight };
 
-enum class ConvAlgorithm { library, winograd };
+enum class ConvAlgorithm {
+  library,         // as torch chooses it
+  onednn,          // where torch would take something else
+  matrix_product,  // a 1x1 convolution as the product of two matrices
+  winograd,
+};
 
 struct ConvCall {
   ConvDirection direction;
@@ -37,8 +42,8 @@ void set_conv_precision(const std::string& name);
 void set_conv_algorithm(const std::string& name);
 std::string conv_algorithm();
 
-// "winograd" or "library", and why, for a call with these sizes; `direction` is "forward",
-// "backward_data" or "backward_weight", `dtype` a name without "torch.".
+// "library", "onednn", "matrix_product" or "winograd", and why, for a call with these sizes;
+// `direction` is "forward", "backward_data" or "backward_weight", `dtype` a name without "torch.".
 std::pair<std::string, std::string> describe_conv_path(
     const std::string& direction, const std::string& dtype, const std::vector<int64_t>& input_size,
     const std::vector<int64_t>& output_size, const std::vector<int64_t>& weight_size,

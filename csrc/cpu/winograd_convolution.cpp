@@ -11,8 +11,8 @@
 #include <algorithm>
 
 #include "../common/tensor_checks.h"
-#include "driver.h"
 #include "conv_bn_act_kernels.h"
+#include "driver.h"
 
 namespace resops {
 namespace {

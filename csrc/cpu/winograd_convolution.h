@@ -5,7 +5,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -60,14 +59,8 @@ void winograd_backward_weight(const at::Tensor& grad_y, at::TensorList inputs,
                               const ChannelPrologue& prologue, at::IntArrayRef padding,
                               const at::Tensor& grad_weight);
 
-// For inference: act( conv(x) + bias [+ residual] ) with a weight that was transformed once.
-// `transformed` is what winograd_weight made of `weight` for this size of the output; made for
-// another instruction set, it is not used.
+// The weight of a folded convolution at all points, for conv_bn_act_folded and an output of this
+// size; checks its argument.
 at::Tensor winograd_weight(const at::Tensor& weight, int64_t out_height, int64_t out_width);
-at::Tensor folded_winograd(const at::Tensor& x, const at::Tensor& weight,
-                           const at::Tensor& transformed, const at::Tensor& bias,
-                           const std::optional<at::Tensor>& residual,
-                           const std::vector<int64_t>& padding, const std::string& activation,
-                           double negative_slope);
 
 }  // namespace resops

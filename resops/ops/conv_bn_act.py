@@ -191,16 +191,15 @@ class FoldedConvolution:
     ) -> Tensor:
         bound = self._bound(x, residual, activation)
         if self.at_points is not None:
-            assert _native.module is not None
-            y = _native.module.folded_winograd(
+            y = torch.ops.resops.conv_bn_act_folded(
                 x,
                 self.weight,
                 self.at_points,
                 self.wide_bias,
                 residual,
-                self.padding,
                 activation,
                 negative_slope,
+                self.padding,
             )
             self._remember(y, bound, activation, negative_slope)
             return y

@@ -1,8 +1,8 @@
 """The convolution of conv_bn_act alone, by the native kernels where those are faster.
 
-A 3x3 convolution of stride 1 in float32, channels-last, on a CPU: forward, gradient of the input
-and gradient of the weight each take the algorithm that was measured to be the faster one
-(csrc/cpu/conv_path.cpp), Winograd's or the library's.
+3x3 convolutions of stride 1 and 1x1 ones in float32, channels-last, on a CPU: forward, gradient of
+the input and gradient of the weight each take the algorithm that was measured to be the fastest
+(csrc/cpu/conv_path.cpp).
 """
 
 from __future__ import annotations
@@ -27,31 +27,38 @@ class ConvolutionFunction(torch.autograd.Function):
     """y = conv(x) + bias; x and the weight are kept for the backward pass."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+    ) -> Tensor:
         y: Tensor = torch.ops.resops.conv_bn_act_forward(
-            [x], *_PLAIN, weight, bias, None, "identity", 0.0, (1, 1), padding, (1, 1), False
+            [x], *_PLAIN, weight, bias, None, "identity", 0.0, stride, padding, (1, 1), False
         )[0]
         return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.padding = inputs
+        x, weight, _, *geometry = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
         )
         ctx.sizes = x.shape, weight.shape
+        ctx.geometry = (*geometry, (1, 1))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
-            return (None,) * 4
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+            return (None,) * 5
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiable_backward(ctx, grad_y, x, weight), None
+            return *_differentiable_backward(ctx, grad_y, x, weight), None, None
         input_size, weight_size = ctx.sizes
-        ops, geometry = torch.ops.resops, ((1, 1), ctx.padding, (1, 1))
+        ops, geometry = torch.ops.resops, ctx.geometry
         grad_x = grad_weight = grad_bias = None
         if need_x:
             grad_x = ops.conv_bn_act_backward_data(
@@ -63,7 +70,7 @@ class ConvolutionFunction(torch.autograd.Function):
             )
         if need_bias:
             grad_bias = grad_y.sum((0, 2, 3))
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 def _differentiable_backward(
@@ -76,9 +83,7 @@ def _differentiable_backward(
         grad_y.new_empty(1).expand(input_size) if x is None else x,
         grad_y.new_empty(1).expand(weight_size) if weight is None else weight,
         [weight_size[0]],
-        (1, 1),
-        ctx.padding,
-        (1, 1),
+        *ctx.geometry,
         False,
         (0, 0),
         1,
@@ -92,7 +97,7 @@ def _pair(size: Any) -> tuple[int, ...] | None:
     return tuple(size) if isinstance(size, tuple | list) and len(size) == 2 else None
 
 
-def _native_padding(
+def _native_geometry(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -100,30 +105,46 @@ def _native_padding(
     padding: Size | str,
     dilation: Size,
     groups: int,
-) -> tuple[int, ...] | None:
-    """The padding of a call that the native convolution takes, else None."""
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Stride and padding of a call that the native convolution takes, else None."""
     if type(x) not in _PLAIN_TENSORS or x.device.type != "cpu" or x.dtype != torch.float32:
         return None
-    if weight.shape[2:] != (3, 3) or x.dim() != 4 or groups != 1:
+    # Before sizes are compared and ops called that such a transformation does not know.
+    if traced_to_aten() or _dispatch.get_backend() not in ("auto", "native"):
+        return None
+    if x.dim() != 4 or weight.dim() != 4 or groups != 1 or x.size(1) != weight.size(1):
         return None
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         return None
-    if _pair(stride) != (1, 1) or _pair(dilation) != (1, 1):
-        return None
-    pads = {"same": (1, 1), "valid": (0, 0)}.get(padding) if isinstance(padding, str) else None
-    pads = pads or _pair(padding)
-    if pads is None or not 0 <= min(pads) <= max(pads) <= 2 or x.size(1) != weight.size(1):
-        return None
-    if min(weight.shape[:2]) < _LEAST_CHANNELS or x.numel() == 0 or min(x.shape[2:]) < 3:
+    if torch.is_autocast_enabled("cpu") or x.numel() == 0:
         return None
     if not (_is_channels_last(x) or _is_channels_last(weight)):
         return None  # the output of torch's own convolution would be contiguous
-    if _precision.get_conv_precision() == "highest" or torch.is_autocast_enabled("cpu"):
+    kernel = tuple(weight.shape[2:])
+    steps, pads = _pair(stride), _paddings(padding, kernel)
+    if steps is None or pads is None or _pair(dilation) != (1, 1):
         return None
-    # Before anything is called that such a transformation does not know.
-    if traced_to_aten() or _dispatch.get_backend() not in ("auto", "native"):
+    takes = _takes_3x3 if kernel == (3, 3) else _takes_1x1 if kernel == (1, 1) else None
+    if takes is None or not takes(x, weight, steps, pads):
         return None
-    return None if _dispatch.refusal("native", "conv_bn_act", x) is not None else pads
+    return None if _dispatch.refusal("native", "conv_bn_act", x) is not None else (steps, pads)
+
+
+def _takes_3x3(x: Tensor, weight: Tensor, stride: tuple[int, ...], pads: tuple[int, ...]) -> bool:
+    if stride != (1, 1) or not 0 <= min(pads) <= max(pads) <= 2 or min(x.shape[2:]) < 3:
+        return False
+    fits = min(weight.shape[:2]) >= _LEAST_CHANNELS
+    return fits and _precision.get_conv_precision() == "high"
+
+
+def _takes_1x1(x: Tensor, weight: Tensor, stride: tuple[int, ...], pads: tuple[int, ...]) -> bool:
+    return pads == (0, 0) and stride in ((1, 1), (2, 2))
+
+
+def _paddings(padding: Size | str, kernel: tuple[int, ...]) -> tuple[int, ...] | None:
+    if padding == "same":
+        return tuple((k - 1) // 2 for k in kernel)
+    return (0, 0) if padding == "valid" else _pair(padding)
 
 
 def _is_channels_last(t: Tensor) -> bool:
@@ -140,8 +161,8 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """:func:`resops.reference.conv_bn_act.convolution`, natively where that is faster."""
-    pads = _native_padding(x, weight, bias, stride, padding, dilation, groups)
-    if pads is None:
+    native = _native_geometry(x, weight, bias, stride, padding, dilation, groups)
+    if native is None:
         return library_convolution(x, weight, bias, stride, padding, dilation, groups)
-    y: Tensor = apply_function(ConvolutionFunction, x, weight, bias, pads)
+    y: Tensor = apply_function(ConvolutionFunction, x, weight, bias, *native)
     return y
