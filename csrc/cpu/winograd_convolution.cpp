@@ -22,10 +22,11 @@ using at::Tensor;
 const WinogradKernels& kernels() { return RESOPS_ACTIVE_KERNELS(winograd_kernels); }
 
 constexpr int64_t kOperandBytes = int64_t{24} << 20;  // of a block's operands
+constexpr int64_t kCacheBytes = int64_t{1} << 20;     // of the second-level cache, or a half
 constexpr int64_t kProductBytes = int64_t{32} << 20;  // of a weight's gradient at all points
-// Output channels of the weight's gradient that are computed together: at 36 points and 32 input
-// channels 0.6 MB, which the second-level cache holds. A multiple of the rows of a product.
-constexpr int64_t kGradientRows = 126;
+// At most so many channels of the weight's gradient are computed together: of the output, of the
+// input. The product is 2.4 MB at 36 points; a smaller one would read the operands more often.
+constexpr int64_t kGradientRows = 140, kGradientColumns = 128;
 
 int64_t points(int tile) { return (tile + 2) * (tile + 2); }
 
@@ -127,11 +128,14 @@ int64_t convolution_block(const WinogradGeometry& g, int64_t tiles) {
   return equal_blocks(tiles, std::min(wanted, kOperandBytes / bytes));
 }
 
-// Of the gradient of the weight: as many as the bound on the workspace allows.
+// Of the gradient of the weight: a block's operands are written and read once, the product is read
+// and written once per block. So the operands are twice as large as the product, within bounds: in
+// the second-level cache beside a small product, and what the workspace allows beside a large one.
 int64_t gradient_block(const WinogradGeometry& g, int64_t tiles) {
-  const int64_t channels = g.in_channels + g.out_channels;
-  const int64_t bytes = points(g.tile) * (channels + 64) * static_cast<int64_t>(sizeof(float));
-  return equal_blocks(tiles, kOperandBytes / bytes);
+  const int64_t float_points = points(g.tile) * static_cast<int64_t>(sizeof(float));
+  const int64_t wanted =
+      std::clamp(2 * float_points * g.in_channels * g.out_channels, kCacheBytes, kOperandBytes);
+  return equal_blocks(tiles, wanted / (float_points * (g.in_channels + g.out_channels + 64)));
 }
 
 // Sums of a convolution's blocks, in the order of the blocks.
@@ -322,22 +326,27 @@ void winograd_backward_weight(const Tensor& grad_y, at::TensorList inputs,
   const ImageView grad_view = view(grad);
   const WeightView out = weight_view(grad_weight, false);
   const int64_t block = gradient_block(g, images.tiles), blocks = ceil_div(images.tiles, block);
-  const int64_t panels = ceil_div(g.in_channels, k.panel);
-  const int64_t row_ranges = ceil_div(g.out_channels, kGradientRows);
-  const int64_t unit_size =
-      k.product_size(g.tile, k.panel, std::min(kGradientRows, g.out_channels));
+  // A unit of work is the product of some input channels, the columns, and some output channels,
+  // the rows. There is one for each thread at least; which unit a value is in does not change it.
+  const int64_t most_columns = ceil_div(ceil_div(g.in_channels, k.panel), at::get_num_threads());
+  const int64_t columns = std::min(most_columns * k.panel, kGradientColumns);
+  const int64_t rows = equal_blocks(g.out_channels, kGradientRows);
+  const int64_t column_ranges = ceil_div(g.in_channels, columns);
+  const int64_t row_ranges = ceil_div(g.out_channels, rows);
+  const int64_t unit_size = k.product_size(g.tile, columns, rows);
   // With several blocks the products of all units wait for the next one; of as many as may wait.
-  const int64_t row_bytes = row_ranges * unit_size * static_cast<int64_t>(sizeof(float));
-  const int64_t group =
-      blocks == 1 ? panels : std::clamp<int64_t>(kProductBytes / row_bytes, 1, panels);
+  const int64_t range_bytes = row_ranges * unit_size * static_cast<int64_t>(sizeof(float));
+  const int64_t group = blocks == 1
+                            ? column_ranges
+                            : std::clamp<int64_t>(kProductBytes / range_bytes, 1, column_ranges);
 
   const Tensor inputs_at_points = float_buffer(k.operand_size(g.tile, g.in_channels, block));
   const Tensor gradients_at_points = float_buffer(k.operand_size(g.tile, g.out_channels, block));
   const Tensor products = float_buffer(blocks == 1 ? 0 : group * row_ranges * unit_size);
   WinogradOperands operands{inputs_at_points.mutable_data_ptr<float>(),
                             gradients_at_points.mutable_data_ptr<float>(), 0, 0, block};
-  for (int64_t first = 0; first < panels; first += group) {
-    const int64_t units = std::min(group, panels - first) * row_ranges;
+  for (int64_t first = 0; first < column_ranges; first += group) {
+    const int64_t units = std::min(group, column_ranges - first) * row_ranges;
     for (int64_t i = 0; i < blocks; ++i) {
       operands.first_tile = i * block;
       operands.tiles = std::min(block, images.tiles - i * block);
@@ -348,13 +357,13 @@ void winograd_backward_weight(const Tensor& grad_y, at::TensorList inputs,
       at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
         const Tensor own = float_buffer(blocks == 1 ? unit_size : 0);
         for (int64_t unit = begin; unit < end; ++unit) {
-          const int64_t c = (first + unit / row_ranges) * k.panel;
-          const int64_t row = unit % row_ranges * kGradientRows;
+          const int64_t c = (first + unit / row_ranges) * columns;
+          const int64_t row = unit % row_ranges * rows;
           float* product = blocks == 1 ? own.mutable_data_ptr<float>()
                                        : products.mutable_data_ptr<float>() + unit * unit_size;
-          k.gradient(g, operands, {c, std::min(c + k.panel, g.in_channels)},
-                     {row, std::min(row + kGradientRows, g.out_channels)}, i > 0, i + 1 == blocks,
-                     product, out);
+          k.gradient(g, operands, {c, std::min(c + columns, g.in_channels)},
+                     {row, std::min(row + rows, g.out_channels)}, i > 0, i + 1 == blocks, product,
+                     out);
         }
       });
     }
