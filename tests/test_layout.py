@@ -14,12 +14,17 @@ TOP_LEVEL = ("setup.py", "csrc", "resops", "triton_kernels", "tests", "bench", "
 
 # Modules beside the ops in a folder, that several of them share.
 SHARED = {
-    "resops/ops": {"__init__", "conv_bn_act_convolution", "conv_bn_act_phases"},
+    "resops/ops": {
+        "__init__",
+        "conv_bn_act_convolution",
+        "conv_bn_act_gpu",
+        "conv_bn_act_phases",
+    },
     "resops/reference": {"__init__", "activation", "layout"},
     "csrc/cuda": {"device"},
 }
-# Ops that are made of other ops and of the library's, and so have no kernel of their own.
-COMPOSED = {"conv_bn_act"}
+# Ops that are made of other ops and of the library's on a CPU.
+WITHOUT_CPU_KERNELS = {"conv_bn_act"}
 
 
 def stems(folder: str, pattern: str = "*.py") -> set[str]:
@@ -47,11 +52,11 @@ def test_every_op_has_its_homes(op: str) -> None:
     """One snake_case stem, the same in every folder."""
     assert re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", op)
     homes = [f"resops/reference/{op}.py", f"resops/ops/{op}.py", f"docs/math/{op}.md"]
-    if op not in COMPOSED:
-        homes += [f"csrc/{op}.cpp", f"csrc/cpu/{op}.cpp"]
+    homes += [f"csrc/{op}.cpp", f"csrc/cuda/bindings/{op}.cpp", f"tests/simt/kernels/{op}.cpp"]
+    homes += [f"csrc/cuda/{op}.{ending}" for ending in ("h", "cuh", "cu")]
+    if op not in WITHOUT_CPU_KERNELS:
+        homes += [f"csrc/cpu/{op}.cpp"]
         homes += [f"csrc/cpu/{op}_kernels.cpp", f"csrc/cpu/{op}_kernels.h"]
-        homes += [f"csrc/cuda/{op}.{ending}" for ending in ("h", "cuh", "cu")]
-        homes += [f"csrc/cuda/bindings/{op}.cpp", f"tests/simt/kernels/{op}.cpp"]
     missing = [home for home in homes if not (ROOT / home).is_file()]
     assert not missing, missing
     assert list((ROOT / "tests/ops").glob(f"test_{op}*.py")), f"no tests/ops/test_{op}*.py"
