@@ -404,6 +404,35 @@ def test_no_images(kernel: int) -> None:
     assert torch.equal(grad_weight, torch.zeros_like(weight))
 
 
+def peak_memory(f: Callable[[], Any]) -> int:
+    """Bytes that torch's allocator had given out at once while f ran, beyond those before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        outputs = f()  # kept until the end
+    assert profile.profiler is not None and outputs is not None
+    events: Any = profile.profiler.kineto_results
+    now = most = 0
+    for event in sorted(events.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def test_workspace_is_bounded(one_thread: None) -> None:
+    """64 MB, however many channels there are: here the products at all points are 151 MB."""
+    call = Call((1, 1024, 1024, 24, 24, (1, 1)), torch.float32)
+    none, ops = (None, None, "identity", 0.0), torch.ops.resops
+    y, *_ = call.plain_forward(ops)
+    forward = peak_memory(lambda: call.plain_forward(ops))
+    assert 0 < forward - y.nbytes < 64 << 20
+    weight = peak_memory(
+        lambda: ops.conv_bn_act_backward_weight(
+            y, [call.x], *none, list(call.weight.shape), *call.geometry
+        )
+    )
+    assert 0 < weight - call.weight.nbytes < 64 << 20
+
+
 # ---- the choice of the algorithm ----------------------------------------------------------------
 
 
