@@ -43,7 +43,7 @@ _KERNELS: dict[str, dict[str, frozenset[str]]] = {
     "native": {
         "batch_norm": _native_devices(),
         "residual_add": _native_devices(),
-        "conv_bn_act": _native_devices() - {"cpu"},
+        "conv_bn_act": _native_devices(),
     },
     "triton": {
         "batch_norm": _triton.DEVICES,

@@ -14,7 +14,12 @@ TOP_LEVEL = ("setup.py", "csrc", "resops", "triton_kernels", "tests", "bench", "
 
 # Modules beside the ops in a folder, that several of them share.
 SHARED = {
-    "resops/ops": {"__init__", "conv_bn_act_gpu", "conv_bn_act_phases"},
+    "resops/ops": {
+        "__init__",
+        "conv_bn_act_convolution",
+        "conv_bn_act_gpu",
+        "conv_bn_act_phases",
+    },
     "resops/reference": {"__init__", "activation", "layout"},
     "csrc/cuda": {"device"},
 }
@@ -116,6 +121,7 @@ LEVELS = {
     "resops.functional": 5,
     "resops.ops": 4,
     "resops._dispatch": 3,
+    "resops._precision": 3,
     "resops._autograd": 2,
     "resops._magnitude": 2,
     "resops._native": 2,

@@ -96,6 +96,20 @@ def fake_backward_weight(
     return empty_channels_last(grad_y, weight_size)
 
 
+def fake_folded(
+    x: Tensor,
+    conv_weight: Tensor,
+    at_points: Tensor,
+    conv_bias: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    padding: list[int],
+) -> Tensor:
+    size = output_size(list(x.shape), list(conv_weight.shape), [1, 1], padding, [1, 1])
+    return empty_channels_last(x, size)
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "forward": fake_forward,
     "backward_data": fake_backward_data,
@@ -103,6 +117,7 @@ FAKES: dict[str, Callable[..., Any]] = {
 }
 
 if _native.module is not None:
+    torch.library.register_fake("resops::conv_bn_act_folded", fake_folded)
     for phase, fake in FAKES.items():
         torch.library.register_fake(f"resops::conv_bn_act_{phase}", fake)
 
