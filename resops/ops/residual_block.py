@@ -110,14 +110,14 @@ def _composition(
     """The block as ops of its layers."""
 
     def apply(t: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str) -> Tensor:
-        *args, stride, padding, dilation, groups = layer
+        args: list[Any] = list(layer[:9])
         return conv_bn_act(
             t,
             *args,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
             residual=residual,
             activation=activation,
             negative_slope=negative_slope,
@@ -159,7 +159,8 @@ def residual_block(
     check_arguments(op, cast_x, cast_layers, len(chain), activation)
     if _dispatch.get_backend() == "reference":
         return definition(x, *chain, shortcut, activation, negative_slope)
-    differentiated = wants_gradient(x, *(t for layer in layers for t in layer[:LAYER_TENSORS]))
+    parameters: list[Any] = [t for layer in layers for t in layer[:LAYER_TENSORS]]
+    differentiated = wants_gradient(x, *parameters)
     geometries = [_resolved(layer) for layer in layers]
     backend = _dispatch.choose("batch_norm", cast_x)
     if (
@@ -186,6 +187,6 @@ def residual_block(
     )
     tensors = [t for layer in cast_layers for t in layer[:LAYER_TENSORS]]
     if differentiated:
-        y: Tensor = function.apply(call, cast_x, *tensors)  # type: ignore[no-untyped-call]
+        y: Tensor = function.apply(call, cast_x, *tensors)
         return y
     return forward(call, cast_x, tensors)[0]

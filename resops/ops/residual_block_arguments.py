@@ -60,9 +60,18 @@ def _check_layer(where: str, size: tuple[int, ...], x: Tensor, layer: ConvNorm) 
         output = _check_convolution(size, x, layer)
         # A tensor of the output's size without memory: of it the size, dtype and device matter.
         c = x.new_empty(1).expand(output)
-        statistics = (layer.running_mean, layer.running_var)
-        settings = (layer.training, layer.momentum, layer.eps)
-        check_norm(c, None, layer.weight, layer.bias, *statistics, *settings, "identity")
+        check_norm(
+            c,
+            None,
+            layer.weight,
+            layer.bias,
+            layer.running_mean,
+            layer.running_var,
+            layer.training,
+            layer.momentum,
+            layer.eps,
+            "identity",
+        )
     except (RuntimeError, ValueError, TypeError) as error:
         raise type(error)(f"{where}: {error}") from None
     return output

@@ -49,7 +49,7 @@ both_convolutions = pytest.mark.parametrize("how", CONVOLUTIONS)
 def assert_equal_results(mine: dict[str, Tensor], its: dict[str, Tensor]) -> None:
     assert mine.keys() == its.keys()
     for name, t in mine.items():
-        torch.testing.assert_close(t, its[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(t, its[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
 # ---- values and gradients, float64 --------------------------------------------------------------
@@ -161,7 +161,7 @@ def flat(op: str, args: list[Any], **kwargs: Any) -> tuple[Any, list[Tensor]]:
 
 @both_shortcuts
 def test_gradcheck_and_gradgradcheck(projection: bool) -> None:
-    args = [torch.randn(2, 2, 3, 2, dtype=F64).requires_grad_()]
+    args: list[Any] = [torch.randn(2, 2, 3, 2, dtype=F64).requires_grad_()]
     args += [layer(2, 2, 3, F64), layer(2, 2, 1, F64)]
     args += [layer(2, 2, 1, F64) if projection else None]
     call, inputs = flat("basic_block", args, activation="silu")
@@ -362,7 +362,7 @@ def test_checkpointed(how: str) -> None:
     def checkpointed(f: Any) -> Any:
         return lambda *a: checkpoint(f, *a, use_reentrant=how.startswith("reentrant"))
 
-    def wrapped(f: Any, given: list[Any]) -> dict[str, Tensor]:
+    def wrapped(f: Any, given: list[Any]) -> dict[str, Any]:
         y = checkpointed(lambda x: f(x, *given[1:]))(given[0])
         y.square().sum().backward()
         found = {f"grad_{name}": t.grad for name, t in tensors_of(given).items()}
@@ -516,12 +516,12 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
 def test_wrong_arguments_raise_before_a_statistic_is_touched(name: str) -> None:
     make, error, message = BAD[name]
     args = make()
-    before = [a.running_mean.clone() for a in args[1:] if isinstance(a, ConvNorm)]
+    statistics: list[Any] = [a.running_mean for a in args[1:] if isinstance(a, ConvNorm)]
+    before = [t.clone() for t in statistics]
     for grad in (True, False):
         with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
             OPS["bottleneck"](*args)
-    after = [a.running_mean for a in args[1:] if isinstance(a, ConvNorm)]
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(statistics, before, strict=True))
 
 
 def test_unknown_activation_and_convolutions() -> None:
