@@ -134,7 +134,7 @@ def reference_phases_as_native() -> Iterator[None]:
     """Inside, the fused convolutions of the backend "native" are the reference's: what the block
     does with prologues, statistics and sums is tested whatever kernels a build has."""
     native = torch.ops.resops
-    names = ("statistics", "apply", "forward", "backward_apply", "backward")
+    names = ("statistics", "apply", "forward", "backward_reduce", "backward_apply", "backward")
     ops = {f"batch_norm_{name}": getattr(native, f"batch_norm_{name}") for name in names}
     for name in ("forward", "backward_data", "backward_weight"):
         ops[f"conv_bn_act_{name}"] = getattr(phases, f"conv_bn_act_{name}")
