@@ -43,6 +43,7 @@ _KERNELS: dict[str, dict[str, frozenset[str]]] = {
     "native": {
         "batch_norm": _native_devices(),
         "residual_add": _native_devices(),
+        "conv_bn_act": frozenset({"cpu"}),
     },
     "triton": {
         "batch_norm": _triton.DEVICES,

@@ -16,6 +16,8 @@ TOP_LEVEL = ("setup.py", "csrc", "resops", "triton_kernels", "tests", "bench", "
 SHARED = {
     "resops/ops": {
         "__init__",
+        "conv_bn_act_convolution",
+        "conv_bn_act_phases",
         "convolution",
         "convolution_table",
         "residual_block",
@@ -123,6 +125,7 @@ LEVELS = {
     "resops.functional": 5,
     "resops.ops": 4,
     "resops._dispatch": 3,
+    "resops._precision": 3,
     "resops._autograd": 2,
     "resops._magnitude": 2,
     "resops._native": 2,

@@ -195,7 +195,7 @@ def test_definition_has_the_names_of_the_ops() -> None:
         if not schema.name.startswith("resops::"):
             continue
         name = schema.name.removeprefix("resops::")
-        op = next(op for op in ("batch_norm", "residual_add") if name.startswith(op))
+        op = next(op for op in ("batch_norm", "residual_add", "conv_bn_act") if name.startswith(op))
         if name.endswith("_formulas"):
             home = importlib.import_module(f"resops.ops.{op}")
             function = getattr(home, name.removeprefix(f"{op}_"))

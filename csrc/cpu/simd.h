@@ -457,6 +457,47 @@ inline void store_mask_bits(uint8_t* p, uint16_t bits, int64_t count) {
   std::memcpy(p, &bits, count > 8 ? 2 : 1);
 }
 
+// 16 x 16 values, rows to columns.
+inline void transpose(Pack<float> (&rows)[kLanes]) {
+#if defined(__AVX512F__)
+  // Pairs, then fours of neighbours within 128 bits; then the 128-bit quarters among each other.
+  __m512 two[kLanes], four[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; i += 2) {
+    two[i] = _mm512_unpacklo_ps(rows[i].r[0], rows[i + 1].r[0]);
+    two[i + 1] = _mm512_unpackhi_ps(rows[i].r[0], rows[i + 1].r[0]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(two[i + j]), b = _mm512_castps_pd(two[i + j + 2]);
+      four[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      four[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 low01 = _mm512_shuffle_f32x4(four[i], four[i + 4], 0x88);
+    const __m512 high01 = _mm512_shuffle_f32x4(four[i], four[i + 4], 0xdd);
+    const __m512 low23 = _mm512_shuffle_f32x4(four[i + 8], four[i + 12], 0x88);
+    const __m512 high23 = _mm512_shuffle_f32x4(four[i + 8], four[i + 12], 0xdd);
+    rows[i].r[0] = _mm512_shuffle_f32x4(low01, low23, 0x88);
+    rows[i + 4].r[0] = _mm512_shuffle_f32x4(high01, high23, 0x88);
+    rows[i + 8].r[0] = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+    rows[i + 12].r[0] = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+  }
+#else
+  float values[kLanes][kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    float row[kLanes];
+    std::memcpy(row, &rows[i], sizeof(row));
+    for (int j = 0; j < kLanes; ++j) values[j][i] = row[j];
+  }
+  std::memcpy(rows, values, sizeof(values));
+#endif
+}
+
 // Fixed-order sum of the 16 values, in double.
 template <class acc>
 inline double horizontal_sum(Pack<acc> v) {

@@ -1,9 +1,15 @@
 """The phases of a convolution inside a block, each by the implementation that is chosen for it.
 
-There are two: the library's convolution, before which a normalised input is written to a
-workspace and beside which batch norm runs as an op of its own; and a backend's fused kernel, which
-takes the raw input with its prologue (resops/reference/conv_bn_act.py). :func:`choose` decides,
-phase by phase and shape by shape. The library's is taken wherever nothing better was measured.
+There are three:
+
+* LIBRARY: PyTorch's convolution, before which a normalised input is written to a workspace and
+  beside which batch norm runs as an op of its own;
+* PLAIN: the backend's convolution in the library's place, of the same workspace;
+* FUSED: the backend's kernel, which takes the raw input with its prologue and leaves statistics or
+  sums (resops/reference/conv_bn_act.py).
+
+:func:`choose` decides, phase by phase and shape by shape. The library's is taken wherever nothing
+better was measured.
 """
 
 from __future__ import annotations
@@ -21,8 +27,9 @@ from torch import Tensor
 from .. import _dispatch
 from ..reference.conv_bn_act import convolution
 from . import convolution_table
+from .conv_bn_act_convolution import native_geometry
 
-LIBRARY, FUSED = "library", "fused"
+LIBRARY, PLAIN, FUSED = "library", "plain", "fused"
 _CHOICES = ("auto", LIBRARY, FUSED)
 
 # The ops of a backend: torch.ops.<namespace>.batch_norm_* and conv_bn_act_*.
@@ -137,7 +144,7 @@ def choose(
     geometry: Geometry,
     prologue: bool,
 ) -> str:
-    """LIBRARY or FUSED: who computes ``phase`` of a convolution of something like ``x``.
+    """LIBRARY, PLAIN or FUSED: who computes ``phase`` of a convolution of something like ``x``.
 
     Args:
         phase: "forward", "backward_data" or "backward_weight".
@@ -151,8 +158,25 @@ def choose(
         return LIBRARY
     if wanted == FUSED:
         return FUSED
+    if x.device.type == "cpu":
+        return _choose_on_cpu(backend, x, weight, geometry)
     faster = convolution_table.fused_is_faster(phase, backend, x, weight, geometry[:3], prologue)
     return FUSED if faster else LIBRARY
+
+
+def _choose_on_cpu(backend: str, x: Tensor, weight: Tensor, geometry: Geometry) -> str:
+    """By the rules that csrc/cpu/conv_path.cpp has from measurements, which are for layers.
+
+    Winograd's algorithm normalises as it transforms tiles. Of the 1x1 convolutions no kernel is
+    resops' own: batch norm's pass over their input is made by batch norm.
+    """
+    stride, padding, dilation, groups = geometry
+    if (
+        backend != "native"
+        or native_geometry(x, weight, None, stride, padding, dilation, groups) is None
+    ):
+        return LIBRARY
+    return FUSED if tuple(weight.shape[2:]) == (3, 3) else PLAIN
 
 
 def forward(
@@ -168,6 +192,8 @@ def forward(
     chosen = choose("forward", backend, wanted, input.x, weight, geometry, input.norm is not None)
     if chosen == LIBRARY:
         return convolution(input.value(backend), weight, bias, *geometry), None
+    if chosen == PLAIN:
+        input, statistics = Input(input.value(backend)), False
     c, mean, var = NAMESPACES[backend].conv_bn_act_forward(
         [input.x],
         *input.prologue(),
@@ -226,6 +252,8 @@ def backward_weight(
         x = input.value(backend) if needed[0] else input.x
         mask = [False, needed[0], needed[1]]
         return _library_backward(grad_c, x, weight, bias, geometry, mask)[1:]
+    if chosen == PLAIN:
+        input = Input(input.value(backend))
     grad_weight = grad_bias = None
     if needed[0]:
         grad_weight = NAMESPACES[backend].conv_bn_act_backward_weight(
@@ -258,6 +286,8 @@ def backward_data(
         g = _library_backward(grad_c, x, weight, None, geometry, [True, False, False])[0]
         assert g is not None
         return g if addend is None else g.add_(addend), None
+    if chosen == PLAIN:
+        norm, input = None, Input(x)
     g, sum_grad, sum_grad_xhat = NAMESPACES[backend].conv_bn_act_backward_data(
         grad_c,
         weight,

@@ -6,6 +6,7 @@ Every backend follows these few rules, so that an output of one can be handed to
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ def empty_output(x: Tensor) -> Tensor:
     if is_channels_last_1d(x):
         return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
     return torch.empty_like(x, memory_format=suggest_memory_format(x))
+
+
+def empty_channels_last(like: Tensor, size: Sequence[int]) -> Tensor:
+    """An uninitialised tensor of ``size``, (N, C, *spatial), stored as (N, *spatial, C)."""
+    return like.new_empty((size[0], *size[2:], size[1])).movedim(-1, 1)
 
 
 def is_channels_last(y: Tensor) -> bool:

@@ -59,7 +59,13 @@ def layer(
 
 
 def block(
-    op: str, dtype: torch.dtype, *, projection: bool, stride_in_first: bool = False, **kwargs: Any
+    op: str,
+    dtype: torch.dtype,
+    *,
+    projection: bool,
+    stride_in_first: bool = False,
+    width: int = 8,
+    **kwargs: Any,
 ) -> list[Any]:
     """x and the layers of a block; one with a projection has stride 2.
 
@@ -69,7 +75,7 @@ def block(
     """
     groups = kwargs.pop("groups", 1)
     n = kwargs.get("dimensions", 2)
-    width, wide = 8, 16
+    wide = 2 * width
     stride = 2 if projection else 1
     x = torch.randn(3, wide, *(9, 7, 5)[:n]).to(dtype)
     if op == "basic_block":

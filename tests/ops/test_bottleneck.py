@@ -208,6 +208,23 @@ def test_as_near_to_float64_as_torch(
         assert error <= 3 * yardstick + 2 * layers * UNIT_ROUNDOFF[dtype], (name, error, yardstick)
 
 
+@both_ops
+@both_shortcuts
+def test_native_convolutions_are_as_near_to_float64(op: str, projection: bool) -> None:
+    """Those that are chosen on a CPU: Winograd's algorithm, with prologues and sums, and matrix
+    products. Winograd's announced bound for a convolution, 5e-5, is what is added per layer."""
+    args = block(op, torch.float32, projection=projection, width=16)
+    args[0] = args[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    exact = results(DEFINITIONS[op], fresh(args, F64), "silu", 0.01)
+    with counted_calls() as calls:
+        mine = results(OPS[op], args, activation="silu")
+    assert calls["conv_bn_act_forward"] >= 2 and calls["conv_bn_act_backward_data"] >= 2
+    assert calls["conv_bn_act_backward_weight"] >= 2
+    for name, truth in exact.items():
+        error = float((mine[name].double() - truth).norm() / truth.norm())
+        assert error <= 5e-5 * (len(args) - 1), (name, error)
+
+
 # ---- what is saved ------------------------------------------------------------------------------
 
 
