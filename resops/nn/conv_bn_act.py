@@ -37,7 +37,7 @@ def conv_norm_act(
     Returns:
         (N, C, *spatial of the output).
     """
-    if not norm.training and not torch.compiler.is_compiling() and _may_fold(conv, norm):
+    if not norm.training and not torch.compiler.is_compiling() and may_fuse(conv, norm):
         activation, negative_slope, rest = norm.epilogue()
         folded = _folded(conv, norm, x, residual) if len(rest) < 2 else None
         if folded is not None:
@@ -57,7 +57,8 @@ def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
     )
 
 
-def _may_fold(conv: nn.Module, norm: nn.Module) -> bool:
+def may_fuse(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether the two are exactly a convolution and the norm that goes with it, without hooks."""
     if _PAIRS.get(type(conv)) is not type(norm) or not (is_plain(conv) and is_plain(norm)):
         return False
     return conv.padding_mode == "zeros"

@@ -54,11 +54,11 @@ _POST_OPS: dict[str, tuple[str, list[float], str]] = {
 _NO_OVERFLOW = {torch.float32: 1e38, torch.bfloat16: 1e38, torch.float16: 6e4}
 
 
-def _tuple(size: Size, n: int) -> tuple[int, ...]:
+def size_tuple(size: Size, n: int) -> tuple[int, ...]:
     return (size,) * n if isinstance(size, int) else tuple(size)
 
 
-def _paddings(
+def paddings_of(
     padding: Size | str, kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[int, ...] | None:
     """Zeros at both ends of every dimension; None where the two ends differ."""
@@ -67,7 +67,7 @@ def _paddings(
     if padding == "same":
         total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return None if any(t % 2 for t in total) else tuple(t // 2 for t in total)
-    return None if isinstance(padding, str) else _tuple(padding, len(kernel))
+    return None if isinstance(padding, str) else size_tuple(padding, len(kernel))
 
 
 class Situation(NamedTuple):
@@ -404,8 +404,8 @@ def fold(
         return None
     kernel = tuple(conv_weight.shape[2:])
     n = len(kernel)
-    strides, dilations = _tuple(stride, n), _tuple(dilation, n)
-    paddings = _paddings(padding, kernel, dilations)
+    strides, dilations = size_tuple(stride, n), size_tuple(dilation, n)
+    paddings = paddings_of(padding, kernel, dilations)
     if paddings is None or n != len(at.x_size) - 1 or not 1 <= n <= 3:
         return None
     if any(len(sizes) != n for sizes in (strides, paddings, dilations)):
