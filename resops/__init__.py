@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from . import functional, models, nn
+from . import functional, fusion, models, nn
 from ._dispatch import BackendError, backend, get_backend, set_backend
 from ._version import __version__
+from .fusion import fuse, fuse_report, register_pattern, unfuse
 
 __all__ = [
     "BackendError",
     "__version__",
     "backend",
     "functional",
+    "fuse",
+    "fuse_report",
+    "fusion",
     "get_backend",
     "models",
     "nn",
+    "register_pattern",
     "set_backend",
     "show_env",
+    "unfuse",
 ]
 
 

@@ -111,6 +111,7 @@ LEVELS = {
     "resops": 9,
     "resops.info": 8,
     "resops.models": 7,
+    "resops.fusion": 7,
     "resops.nn": 6,
     "resops.functional": 5,
     "resops.ops": 4,
