@@ -14,7 +14,7 @@ TOP_LEVEL = ("setup.py", "csrc", "resops", "triton_kernels", "tests", "bench", "
 
 # Modules beside the ops in a folder, that several of them share.
 SHARED = {
-    "resops/ops": {"__init__"},
+    "resops/ops": {"__init__", "sync_batch_norm"},  # the latter: batch_norm over several processes
     "resops/reference": {"__init__", "activation", "layout"},
     "csrc/cuda": {"device"},
 }

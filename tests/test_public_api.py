@@ -24,6 +24,7 @@ NAMES = {
     resops: [
         "BackendError",
         "backend",
+        "convert_sync_batchnorm",
         "functional",
         "fuse",
         "fuse_report",
@@ -44,6 +45,7 @@ NAMES = {
         "BatchNormAct3d",
         "Conv2dNormActivation",
         "ResidualAdd",
+        "SyncBatchNormAct",
     ],
     models: [
         "create_model",

@@ -3,6 +3,7 @@
 from .fusing import FuseError, fuse, fuse_report, unfuse
 from .patterns import register_pattern
 from .report import FusedEntry, FuseReport, Reason, SkippedEntry
+from .synchronizing import convert_sync_batchnorm
 
 __all__ = [
     "FuseError",
@@ -10,6 +11,7 @@ __all__ = [
     "FusedEntry",
     "Reason",
     "SkippedEntry",
+    "convert_sync_batchnorm",
     "fuse",
     "fuse_report",
     "register_pattern",

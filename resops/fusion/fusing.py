@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import _dispatch
+from ..nn.batch_norm import BatchNormAct
 from . import layers
 from .blocks import FusedBlock, fused_class, swap_class
 from .blueprint import Blueprint, blueprint, has_forward
@@ -44,7 +45,9 @@ class _Analysis:
             if free and has_forward(block) and not isinstance(block, torch.jit.ScriptModule):
                 self._visit(block, free)
         for norm in free:
-            self.refusals.setdefault(norm, (Reason.UNTRACEABLE, "no block holds it"))
+            if isinstance(norm, BatchNormAct):
+                self.refusals[norm] = Reason.ALREADY_FUSED, type(norm).__name__
+            self.refusals.setdefault(norm, (Reason.NOTHING_BESIDE, ""))
 
     def _refusal(
         self, norm: nn.Module, module_filter_fn: Filter | None
@@ -60,7 +63,7 @@ class _Analysis:
         return why
 
     def _visit(self, block: nn.Module, free: set[nn.Module]) -> None:
-        if layers.norm_kind(block) is not None and not _has_activation(block):
+        if layers.is_norm(block) and not _is_container(block):
             return
         found = blueprint(block, frozenset(free))
         self.refusals.update(found.refusals)
@@ -71,9 +74,10 @@ class _Analysis:
             self.blueprints.append(found)
 
 
-def _has_activation(norm: nn.Module) -> bool:
+def _is_container(norm: nn.Module) -> bool:
+    """Whether the forward of ``norm`` itself can be replaced: timm's, with its activation."""
     kind = layers.norm_kind(norm)
-    return kind is not None and kind.has_activation
+    return kind is not None and kind.has_activation and not isinstance(norm, BatchNormAct)
 
 
 def _holders(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
@@ -203,6 +207,15 @@ def fused_blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, FusedBlock):
             yield name, module
+
+
+def fused_norms(model: nn.Module) -> set[nn.Module]:
+    """The norms that are computed by fused ops."""
+    return {
+        layers.child(block, step.norm)
+        for _, block in fused_blocks(model)
+        for step in block._resops_plan.steps
+    }
 
 
 def _join(*names: str) -> str:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from .. import _dispatch
 from ..nn.batch_norm import BatchNormAct, fused_activation, is_plain, normalize
+from ..nn.sync_batch_norm import SyncBatchNormAct, synchronised
 from .report import Reason
 
 Path = tuple[str, ...]
@@ -23,8 +24,8 @@ class NormKind(NamedTuple):
 
     label: str
     run: Callable[[nn.Module, Tensor, Tensor | None, str, float], Tensor]
-    conv: type[nn.Module] | None  # the convolution into which it folds
-    has_activation: bool = False  # timm's: children ``drop`` and ``act``
+    convs: tuple[type[nn.Module], ...]  # the convolutions into which it folds
+    has_activation: bool = False  # children ``drop`` and ``act``, as timm's has
 
 
 def _run_batch_norm(
@@ -33,11 +34,21 @@ def _run_batch_norm(
     return normalize(norm, x, residual, activation, slope)  # type: ignore[arg-type]
 
 
-_BATCH_NORM_2D = NormKind("BN", _run_batch_norm, nn.Conv2d)
+def _run_sync_batch_norm(
+    norm: nn.Module, x: Tensor, residual: Tensor | None, activation: str, slope: float
+) -> Tensor:
+    group = synchronised(norm.process_group) if norm.training else None
+    return normalize(norm, x, residual, activation, slope, group)  # type: ignore[arg-type]
+
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCH_NORM_2D = NormKind("BN", _run_batch_norm, (nn.Conv2d,))
 _KINDS: dict[type, NormKind] = {
-    nn.BatchNorm1d: NormKind("BN", _run_batch_norm, nn.Conv1d),
+    nn.BatchNorm1d: NormKind("BN", _run_batch_norm, (nn.Conv1d,)),
     nn.BatchNorm2d: _BATCH_NORM_2D,
-    nn.BatchNorm3d: NormKind("BN", _run_batch_norm, nn.Conv3d),
+    nn.BatchNorm3d: NormKind("BN", _run_batch_norm, (nn.Conv3d,)),
+    nn.SyncBatchNorm: NormKind("SyncBN", _run_sync_batch_norm, _CONVS),
+    SyncBatchNormAct: NormKind("SyncBN", _run_sync_batch_norm, _CONVS, has_activation=True),
 }
 # Classes of packages that need not be installed, by their qualified names.
 _KINDS_BY_NAME = {
@@ -71,7 +82,7 @@ def is_norm(module: nn.Module) -> bool:
 def refusal(norm: nn.Module) -> tuple[Reason, str] | None:
     """Why ``norm`` cannot be part of a fused op, and what exactly was found; None if it can."""
     cls = _qualified_name(type(norm))
-    if isinstance(norm, BatchNormAct):
+    if isinstance(norm, BatchNormAct) and type(norm) is not SyncBatchNormAct:
         return Reason.ALREADY_FUSED, cls
     if parametrize.is_parametrized(norm):
         return Reason.PARAMETRIZED, ", ".join(norm.parametrizations)  # type: ignore[arg-type]
@@ -111,9 +122,6 @@ def backend_of(norm: nn.Module) -> str:
             except _dispatch.BackendError:
                 break
     return _dispatch.get_backend()
-
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def is_conv(module: nn.Module) -> bool:

@@ -61,7 +61,7 @@ class Step:
         assert kind is not None
         if self.conv is not None:
             conv = layers.child(block, self.conv)
-            if not norm.training and kind.conv is type(conv):
+            if not norm.training and type(conv) in kind.convs:
                 y = folded_conv(conv, norm, keeper, x, residual, activation, slope)
                 if y is not None:
                     observer.tell("folded into the convolution", x)

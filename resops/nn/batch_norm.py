@@ -176,7 +176,8 @@ class BatchNormAct(_BatchNorm):
             RuntimeError: an argument whose size, dtype or device does not fit.
         """
         activation, negative_slope, rest = self.epilogue()
-        y = normalize(self, x, residual if len(rest) < 2 else None, activation, negative_slope)
+        residual_of_op = residual if len(rest) < 2 else None
+        y = normalize(self, x, residual_of_op, activation, negative_slope, self._group())
         if not rest:
             return y
         if len(rest) == 2:
@@ -184,6 +185,10 @@ class BatchNormAct(_BatchNorm):
             if residual is not None:
                 y = y + residual
         return self.act(y)
+
+    def _group(self) -> Any:
+        """The processes over which statistics are taken; None for this one."""
+        return None
 
     # What was folded is checked at every use; here it is dropped because it takes memory.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import conv_bn_act as ops
 from .batch_norm import BatchNormAct, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, is_plain
+from .sync_batch_norm import SyncBatchNormAct
 
 _PAIRS: dict[type[nn.Module], type[BatchNormAct]] = {
     nn.Conv1d: BatchNormAct1d,
@@ -49,7 +50,9 @@ def conv_norm_act(
 
 
 def _may_fold(conv: nn.Module, norm: nn.Module) -> bool:
-    return _PAIRS.get(type(conv)) is type(norm) and is_plain(conv) and is_plain(norm)
+    pair = _PAIRS.get(type(conv))
+    fits = pair is not None and type(norm) in (pair, SyncBatchNormAct)
+    return fits and is_plain(conv) and is_plain(norm)
 
 
 def folded_conv(

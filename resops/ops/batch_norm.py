@@ -27,10 +27,14 @@ def check_arguments(
     momentum: float,
     eps: float,
     activation: str,
+    several: bool = False,
 ) -> None:
     """Raise what the C++ op raises for the same arguments (csrc/batch_norm.cpp), before any work.
 
     For the reference backend and the fake kernels; the compiled op checks for itself.
+
+    Args:
+        several: there are more values per channel, in other processes.
     """
     check_input("batch_norm", x)
     check_activation(activation)
@@ -38,7 +42,7 @@ def check_arguments(
     check_number("batch_norm_act", "eps", eps)
     size = list(x.shape)
     count = size[0] * math.prod(size[2:])
-    if training and count == 1:
+    if training and count == 1 and not several:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}"
         )

@@ -258,7 +258,7 @@ class Odd(nn.Module):
 class Strange(Odd):
     """The same with one argument: what it does is what cannot be followed."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         return getattr(self, "_" + self.form)(x)
 
     def _value(self, x: Tensor) -> Tensor:
