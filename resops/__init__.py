@@ -5,13 +5,23 @@ from __future__ import annotations
 from . import functional, fusion, models, nn
 from ._dispatch import BackendError, backend, get_backend, set_backend
 from ._version import __version__
-from .fusion import convert_sync_batchnorm, fuse, fuse_report, register_pattern, unfuse
+from .fusion import (
+    convert_sync_batchnorm,
+    explain,
+    fold,
+    fuse,
+    fuse_report,
+    register_pattern,
+    unfuse,
+)
 
 __all__ = [
     "BackendError",
     "__version__",
     "backend",
     "convert_sync_batchnorm",
+    "explain",
+    "fold",
     "functional",
     "fuse",
     "fuse_report",

@@ -25,6 +25,8 @@ NAMES = {
         "BackendError",
         "backend",
         "convert_sync_batchnorm",
+        "explain",
+        "fold",
         "functional",
         "fuse",
         "fuse_report",

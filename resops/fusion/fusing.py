@@ -25,10 +25,10 @@ class FuseError(RuntimeError):
     """``strict=True`` and some norm cannot be fused; the message lists them."""
 
 
-class _Analysis:
+class Analysis:
     """What can be fused in a model, and why the rest cannot. Changes nothing."""
 
-    def __init__(self, model: nn.Module, module_filter_fn: Filter | None) -> None:
+    def __init__(self, model: nn.Module, module_filter_fn: Filter | None = None) -> None:
         self.names = {m: name for name, m in model.named_modules()}
         self.holders = _holders(model)
         self.refusals: dict[nn.Module, tuple[Reason, str]] = {}
@@ -161,7 +161,7 @@ def fuse(
         The model is then unchanged.
     """
     _check(model)
-    analysis = _Analysis(model, module_filter_fn)
+    analysis = Analysis(model, module_filter_fn)
     skipped = {
         analysis.names[norm]: (reason, detail)
         for norm, (reason, detail) in analysis.refusals.items()
@@ -218,7 +218,8 @@ def fused_norms(model: nn.Module) -> set[nn.Module]:
     }
 
 
-def _join(*names: str) -> str:
+def join(*names: str) -> str:
+    """A qualified name."""
     return ".".join(name for name in names if name)
 
 
@@ -240,7 +241,7 @@ def fuse_report(model: nn.Module) -> FuseReport:
             norm = layers.child(block, step.norm)
             covered.add(norm)
             key = (name, step.pattern, layers.backend_of(norm))
-            entries.setdefault(key, []).append(_join(name, *step.norm))
+            entries.setdefault(key, []).append(join(name, *step.norm))
     fused = [
         FusedEntry(name, tuple(modules), pattern, backend)
         for (name, pattern, backend), modules in entries.items()

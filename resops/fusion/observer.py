@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor
 
+Listener = Callable[[Any, str, Tensor], None]
+
 
 class _State(threading.local):
-    listener: Callable[[str, Tensor], None] | None = None
+    listener: Listener | None = None
 
 
 _state = _State()
@@ -21,14 +24,14 @@ def listening() -> bool:
     return _state.listener is not None
 
 
-def tell(path: str, x: Tensor) -> None:
-    """The step that now runs takes ``path`` with the input ``x``."""
+def tell(step: Any, path: str, x: Tensor) -> None:
+    """``step`` takes ``path`` with the input ``x``."""
     if _state.listener is not None:
-        _state.listener(path, x)
+        _state.listener(step, path, x)
 
 
 @contextlib.contextmanager
-def listen(listener: Callable[[str, Tensor], None]) -> Iterator[None]:
+def listen(listener: Listener) -> Iterator[None]:
     """Inside, in this thread, ``listener`` is called for every step."""
     before = _state.listener
     _state.listener = listener

@@ -64,11 +64,11 @@ class Step:
             if not norm.training and type(conv) in kind.convs:
                 y = folded_conv(conv, norm, keeper, x, residual, activation, slope)
                 if y is not None:
-                    observer.tell("folded into the convolution", x)
+                    observer.tell(self, "folded into the convolution", x)
                     return y if act is None else act(y)
             x = conv(x)
         if observer.listening():
-            observer.tell(layers.backend_of(norm), x)
+            observer.tell(self, layers.backend_of(norm), x)
         if residual is None or residual.shape == x.shape:
             y = kind.run(norm, x, residual, activation, slope)
         else:  # one of the two is broadcast
