@@ -14,11 +14,13 @@ from .fusion import (
     register_pattern,
     unfuse,
 )
+from .nn.checkpoint import checkpoint_context_fn
 
 __all__ = [
     "BackendError",
     "__version__",
     "backend",
+    "checkpoint_context_fn",
     "convert_sync_batchnorm",
     "explain",
     "fold",

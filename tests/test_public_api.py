@@ -24,6 +24,7 @@ NAMES = {
     resops: [
         "BackendError",
         "backend",
+        "checkpoint_context_fn",
         "convert_sync_batchnorm",
         "explain",
         "fold",

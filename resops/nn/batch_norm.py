@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional
+from .checkpoint import recomputing
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -99,7 +100,7 @@ def normalize(
     running_mean, running_var = norm.running_mean, norm.running_var
     momentum = norm.momentum
     if training:
-        if not norm.track_running_stats:
+        if not norm.track_running_stats or recomputing():
             running_mean = running_var = None
         elif norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)

@@ -139,6 +139,20 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     assert_same_step(Checkpointed(fused), Checkpointed(plain), image())
 
 
+def test_checkpointing_with_one_update_of_the_statistics() -> None:
+    fused, plain = pair(small_net())
+    x = image()
+    y = checkpoint(fused, x, use_reentrant=False, context_fn=resops.checkpoint_context_fn)
+    expected = plain(x)  # not checkpointed
+    assert isinstance(y, Tensor)
+    for t in (y, expected):
+        t.square().sum().backward()
+    for a, b in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert_near(a.grad, b.grad)
+    assert_same_state(fused, plain)
+
+
 @pytest.mark.parametrize("frozen", ["statistics", "norms", "first layers"])
 def test_freezing(frozen: str) -> None:
     fused, plain = pair(small_net())
