@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from .. import _dispatch
 from ..nn.batch_norm import BatchNormAct, fused_activation, is_plain, normalize
+from ..nn.instance_norm import group_normalize, instance_normalize
 from ..nn.sync_batch_norm import SyncBatchNormAct, synchronised
 from .report import Reason
 
@@ -42,11 +43,16 @@ def _run_sync_batch_norm(
 
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_INSTANCE_NORM = NormKind("IN", instance_normalize, ())  # type: ignore[arg-type]
 _BATCH_NORM_2D = NormKind("BN", _run_batch_norm, (nn.Conv2d,))
 _KINDS: dict[type, NormKind] = {
     nn.BatchNorm1d: NormKind("BN", _run_batch_norm, (nn.Conv1d,)),
     nn.BatchNorm2d: _BATCH_NORM_2D,
     nn.BatchNorm3d: NormKind("BN", _run_batch_norm, (nn.Conv3d,)),
+    nn.InstanceNorm1d: _INSTANCE_NORM,
+    nn.InstanceNorm2d: _INSTANCE_NORM,
+    nn.InstanceNorm3d: _INSTANCE_NORM,
+    nn.GroupNorm: NormKind("GN", group_normalize, ()),  # type: ignore[arg-type]
     nn.SyncBatchNorm: NormKind("SyncBN", _run_sync_batch_norm, _CONVS),
     SyncBatchNormAct: NormKind("SyncBN", _run_sync_batch_norm, _CONVS, has_activation=True),
 }
@@ -96,6 +102,8 @@ def refusal(norm: nn.Module) -> tuple[Reason, str] | None:
         drop = norm._modules.get("drop")
         if type(drop) is not nn.Identity:
             return Reason.DROPOUT_BETWEEN, f"{type(drop).__name__} in {cls}"
+    if isinstance(norm, nn.modules.instancenorm._InstanceNorm) and norm.track_running_stats:
+        return Reason.UNSUPPORTED_NORM, f"{cls} with running statistics"
     for name, t in [*norm._parameters.items(), *norm._buffers.items()]:
         if t is None or name == "num_batches_tracked":
             continue

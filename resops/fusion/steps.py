@@ -230,6 +230,8 @@ class Matcher:
         parts: tuple[Path, Path | None, str, float, list[Path]],
     ) -> Match | None:
         path, act, activation, slope, identities = parts
+        kind = layers.norm_kind(self.module(norm))
+        assert kind is not None
         x = norm.args[0]
         assert isinstance(x, fx.Node)
         conv: Path | None = None
@@ -237,7 +239,8 @@ class Matcher:
         if x.op == "call_module" and self._single_call(x) and layers.is_conv(self.module(x)):
             source = x.args[0]
             assert isinstance(source, fx.Node)
-            if x not in taken and self._may_move(x, source, nodes):
+            foldable = kind.convs != ()  # else nothing is gained by taking the convolution in
+            if foldable and x not in taken and self._may_move(x, source, nodes):
                 conv, before = self.path(x), source
                 nodes, labels = [x, *nodes], ["Conv", *labels]
         if conv is None and not self._may_move(norm, x, nodes):

@@ -342,6 +342,26 @@ def batch_norm(
     return _native_forward(*args)[0]
 
 
+def phases_of(backend: str) -> Any:
+    """What has the functions batch_norm_statistics, batch_norm_apply and so on of a backend."""
+    if backend == "reference":
+        return reference
+    return torch.ops.resops if backend == "native" else torch.ops.resops_triton
+
+
+def batch_norm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel, (C,) each, float32 (float64 for float64); no gradient.
+
+    Args:
+        x: (N, C, *spatial).
+    """
+    check_input("batch_norm", x)
+    statistics = phases_of(_dispatch.choose("batch_norm", x)).batch_norm_statistics
+    with torch.no_grad():
+        mean, var = statistics(x)
+    return mean, var
+
+
 # Fake kernels: sizes, dtypes and strides of what the compiled ops return. They check what the
 # compiled ops check: a call that mixes a meta tensor with others comes here.
 

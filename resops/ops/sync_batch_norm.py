@@ -15,17 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
-from ..reference import batch_norm as reference
 from ..reference.activation import SMOOTH_ACTIVATIONS
-from .batch_norm import batch_norm, check_activation, check_arguments, check_tensor
-
-
-def _phases(backend: str) -> Any:
-    return {
-        "native": torch.ops.resops,
-        "triton": torch.ops.resops_triton,
-        "reference": reference,
-    }[backend]
+from .batch_norm import (
+    batch_norm,
+    check_activation,
+    check_arguments,
+    check_tensor,
+    phases_of,
+)
 
 
 def _merged_statistics(
@@ -73,7 +70,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         group: Any,
         backend: str,
     ) -> Tensor:
-        phases = _phases(backend)
+        phases = phases_of(backend)
         mean, var = phases.batch_norm_statistics(x)
         mean, var, count = _merged_statistics(mean, var, _count(x), group)
         if count == 1:
