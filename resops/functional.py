@@ -11,6 +11,7 @@ from .ops.batch_norm import batch_norm as _batch_norm
 from .ops.bottleneck import bottleneck as _bottleneck
 from .ops.conv_bn_act import conv_bn_act as _conv_bn_act
 from .ops.residual_add import residual_add as _residual_add
+from .ops.sync_batch_norm import sync_batch_norm as _sync_batch_norm
 from .reference.conv_norm import ConvNorm
 
 __all__ = [
@@ -59,7 +60,10 @@ def batch_norm_act(
             are promoted as ``+`` would.
         activation: "relu", "leaky_relu", "silu", "gelu" (exact) or None.
         negative_slope: of leaky_relu.
-        process_group: for statistics over several processes; not there yet.
+        process_group: when training, take the statistics over all processes of this group of
+            torch.distributed, which make the call together, some of them perhaps with an empty
+            batch. One collective in each of the two passes. Gradients of weight and bias are those
+            of this process.
 
     Returns:
         Like ``input``, in its memory format (channels-last or contiguous).
@@ -69,11 +73,23 @@ def batch_norm_act(
             running statistics without the other; an unknown activation.
         RuntimeError: an argument whose size, dtype or device does not fit; no running statistics
             in evaluation.
-        NotImplementedError: an integer or complex input; ``process_group`` given.
+        NotImplementedError: an integer or complex input.
         BackendError: a backend chosen by name that cannot do this call.
     """
-    if process_group is not None:
-        raise NotImplementedError("batch_norm_act with a process_group is not implemented yet")
+    if process_group is not None and training:
+        return _sync_batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            momentum,
+            eps,
+            residual=residual,
+            activation=activation,
+            negative_slope=negative_slope,
+            process_group=process_group,
+        )
     return _batch_norm(
         input,
         running_mean,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import resops
-from resops import functional, models, reference
+from resops import functional, fusion, models, reference
 from resops import nn as layers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,13 +24,23 @@ NAMES = {
     resops: [
         "BackendError",
         "backend",
+        "checkpoint_context_fn",
+        "convert_sync_batchnorm",
+        "explain",
+        "fold",
         "functional",
+        "fuse",
+        "fuse_report",
+        "fusion",
         "get_backend",
         "models",
         "nn",
+        "register_pattern",
         "set_backend",
         "show_env",
+        "unfuse",
     ],
+    fusion: ["FuseError", "FuseReport", "FusedEntry", "Reason", "SkippedEntry"],
     functional: ["batch_norm_act", "conv_bn_act", "residual_add"],
     layers: [
         "BatchNormAct1d",
@@ -38,6 +48,7 @@ NAMES = {
         "BatchNormAct3d",
         "Conv2dNormActivation",
         "ResidualAdd",
+        "SyncBatchNormAct",
     ],
     models: [
         "create_model",

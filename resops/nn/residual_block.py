@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .. import functional
 from ..functional import ConvNorm
 from ..ops.conv_bn_act import wants_gradient
-from .batch_norm import BatchNormAct, is_plain
+from .batch_norm import BatchNormAct, is_plain, next_statistics
 from .conv_bn_act import Conv2dNormActivation, Conv3dNormActivation, may_fuse
+from .sync_batch_norm import SyncBatchNormAct
 
 _OPS = {2: functional.basic_block, 3: functional.bottleneck}
 _SHORTCUTS = (nn.Sequential, Conv2dNormActivation, Conv3dNormActivation)
@@ -45,6 +46,8 @@ def residual_block(
         pairs.append((children[0], children[1]))  # type: ignore[arg-type]
     if not all(may_fuse(conv, norm) for conv, norm in pairs):
         return None
+    if any(isinstance(norm, SyncBatchNormAct) for _, norm in pairs):
+        return None  # its statistics are those of several processes
     epilogues = [norm.epilogue() for _, norm in pairs if isinstance(norm, BatchNormAct)]
     if any(rest for _, _, rest in epilogues):
         return None
@@ -65,7 +68,7 @@ def residual_block(
 
 def _layer(conv: Any, norm: Any) -> ConvNorm:
     """Tensors and settings of the two modules; a batch is counted."""
-    running_mean, running_var, training, momentum = norm.next_statistics()
+    running_mean, running_var, training, momentum = next_statistics(norm)
     return ConvNorm(
         conv.weight,
         conv.bias,

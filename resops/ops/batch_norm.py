@@ -27,10 +27,14 @@ def check_arguments(
     momentum: float,
     eps: float,
     activation: str,
+    several: bool = False,
 ) -> None:
     """Raise what the C++ op raises for the same arguments (csrc/batch_norm.cpp), before any work.
 
     For the reference backend and the fake kernels; the compiled op checks for itself.
+
+    Args:
+        several: there are more values per channel, in other processes.
     """
     check_input("batch_norm", x)
     check_activation(activation)
@@ -38,7 +42,7 @@ def check_arguments(
     check_number("batch_norm_act", "eps", eps)
     size = list(x.shape)
     count = size[0] * math.prod(size[2:])
-    if training and count == 1:
+    if training and count == 1 and not several:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}"
         )
@@ -336,6 +340,26 @@ def batch_norm(
     if torch.is_grad_enabled():
         return apply_function(BatchNormFunction, *args)[0]
     return _native_forward(*args)[0]
+
+
+def phases_of(backend: str) -> Any:
+    """What has the functions batch_norm_statistics, batch_norm_apply and so on of a backend."""
+    if backend == "reference":
+        return reference
+    return torch.ops.resops if backend == "native" else torch.ops.resops_triton
+
+
+def batch_norm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel, (C,) each, float32 (float64 for float64); no gradient.
+
+    Args:
+        x: (N, C, *spatial).
+    """
+    check_input("batch_norm", x)
+    statistics = phases_of(_dispatch.choose("batch_norm", x)).batch_norm_statistics
+    with torch.no_grad():
+        mean, var = statistics(x)
+    return mean, var
 
 
 # Fake kernels: sizes, dtypes and strides of what the compiled ops return. They check what the
