@@ -110,7 +110,8 @@ def compiled(
     """What the launches of a call become; those of merging kernels too."""
     monkeypatch.setattr(tiles, "_capability", lambda device: capability)
     label = " ".join(map(str, shape)) + f" {str(dtype).removeprefix('torch.')}"
-    launches = dict.fromkeys(launches_of(functools.partial(call, *shape, dtype), label))
+    arguments: Any = (*shape, dtype)
+    launches = dict.fromkeys(launches_of(lambda: call(*arguments), label))
     results = [
         replace(compiled_once(replace(launch, label=""), capability), launch=launch)
         for launch in launches
