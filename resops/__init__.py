@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import functional, models, nn
 from ._dispatch import BackendError, backend, get_backend, set_backend
+from ._precision import get_conv_precision, set_conv_precision
 from ._version import __version__
 
 __all__ = [
@@ -12,9 +13,11 @@ __all__ = [
     "backend",
     "functional",
     "get_backend",
+    "get_conv_precision",
     "models",
     "nn",
     "set_backend",
+    "set_conv_precision",
     "show_env",
 ]
 

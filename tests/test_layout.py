@@ -14,7 +14,12 @@ TOP_LEVEL = ("setup.py", "csrc", "resops", "triton_kernels", "tests", "bench", "
 
 # Modules beside the ops in a folder, that several of them share.
 SHARED = {
-    "resops/ops": {"__init__", "conv_bn_act_gpu", "conv_bn_act_phases"},
+    "resops/ops": {
+        "__init__",
+        "conv_bn_act_convolution",
+        "conv_bn_act_gpu",
+        "conv_bn_act_phases",
+    },
     "resops/reference": {"__init__", "activation", "layout"},
     "csrc/cuda": {"device"},
 }
@@ -110,11 +115,13 @@ def test_ops_of_the_native_table_are_registered() -> None:
 LEVELS = {
     "resops": 9,
     "resops.info": 8,
+    "resops.tune": 8,
     "resops.models": 7,
     "resops.nn": 6,
     "resops.functional": 5,
     "resops.ops": 4,
     "resops._dispatch": 3,
+    "resops._precision": 3,
     "resops._autograd": 2,
     "resops._magnitude": 2,
     "resops._native": 2,

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch
+from ..reference.conv_bn_act import Size
 from .batch_norm import check_activation
+from .conv_bn_act_convolution import convolution_path
 
 _NHWC = torch.channels_last
 _HALF = (torch.float16, torch.bfloat16)
@@ -40,6 +42,9 @@ def path(
     x: Tensor,
     conv_weight: Tensor,
     *,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
     groups: int = 1,
     residual: Tensor | None = None,
     activation: str | None = "relu",
@@ -55,7 +60,11 @@ def path(
     setting = _dispatch.get_backend()
     if setting == "reference":
         return Path("reference", "the backend 'reference' was chosen")
-    library = "cuDNN" if x.device.type == "cuda" else "oneDNN"
+    if x.device.type == "cpu":
+        geometry = (stride, padding, dilation, groups)
+        algorithm, reason = convolution_path(x, conv_weight, None, *geometry)
+        return Path("library" if algorithm == "library" else "native", f"{algorithm}: {reason}")
+    library = "cuDNN" if x.device.type == "cuda" else x.device.type
     if training:
         return Path("library", f"training: convolutions and their gradients are {library}'s")
     if x.device.type != "cuda":
