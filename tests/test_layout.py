@@ -23,8 +23,6 @@ SHARED = {
     "resops/reference": {"__init__", "activation", "layout"},
     "csrc/cuda": {"device"},
 }
-# Ops that are made of other ops and of the library's on a CPU.
-WITHOUT_CPU_KERNELS = {"conv_bn_act"}
 
 
 def stems(folder: str, pattern: str = "*.py") -> set[str]:
@@ -54,9 +52,7 @@ def test_every_op_has_its_homes(op: str) -> None:
     homes = [f"resops/reference/{op}.py", f"resops/ops/{op}.py", f"docs/math/{op}.md"]
     homes += [f"csrc/{op}.cpp", f"csrc/cuda/bindings/{op}.cpp", f"tests/simt/kernels/{op}.cpp"]
     homes += [f"csrc/cuda/{op}.{ending}" for ending in ("h", "cuh", "cu")]
-    if op not in WITHOUT_CPU_KERNELS:
-        homes += [f"csrc/cpu/{op}.cpp"]
-        homes += [f"csrc/cpu/{op}_kernels.cpp", f"csrc/cpu/{op}_kernels.h"]
+    homes += [f"csrc/cpu/{op}.cpp", f"csrc/cpu/{op}_kernels.cpp", f"csrc/cpu/{op}_kernels.h"]
     missing = [home for home in homes if not (ROOT / home).is_file()]
     assert not missing, missing
     assert list((ROOT / "tests/ops").glob(f"test_{op}*.py")), f"no tests/ops/test_{op}*.py"

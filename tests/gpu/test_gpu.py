@@ -201,3 +201,72 @@ def test_a_wrong_argument_raises_before_a_kernel_runs() -> None:
     with pytest.raises(NotImplementedError, match="not implemented for 'Double' by the CUDA"):
         torch.ops.resops.batch_norm_forward(x.double(), None, *rest)
     torch.cuda.synchronize()
+
+
+# ---- conv_bn_act --------------------------------------------------------------------------------
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def convolution(dtype: torch.dtype, kernel: int, channels: int = 64) -> tuple[Any, ...]:
+    """x, weight and bias; channels-last."""
+    generator = torch.Generator(DEVICE).manual_seed(2)
+
+    def random(*shape: int) -> Tensor:
+        t = torch.randn(shape, generator=generator, device=DEVICE) / shape[-3] ** 0.5
+        return t.to(dtype, memory_format=torch.channels_last)
+
+    bias = torch.randn(channels, generator=generator, device=DEVICE)
+    return random(4, 64, 14, 14), random(channels, 64, kernel, kernel), bias
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_opcheck_of_the_convolution(kernel: int, dtype: torch.dtype) -> None:
+    x, weight, bias = convolution(dtype, kernel)
+    scale, shift = torch.rand(64, device=DEVICE), torch.rand(64, device=DEVICE)
+    geometry = ([1, 1], [kernel // 2] * 2, [1, 1])
+    for statistics, activation in ((True, "identity"), (False, "relu")):
+        arguments = ([x], scale, shift, "relu", 0.0, weight, bias, None, activation, 0.0)
+        op = torch.ops.resops.conv_bn_act_forward.default
+        torch.library.opcheck(op, (*arguments, *geometry, statistics))
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", ["auto", "native"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("residual", [False, True])
+def test_folded_convolution(residual: bool, kernel: int, dtype: torch.dtype, backend: str) -> None:
+    """Against float64, eager and replayed, by the kernel that `path` names; a NaN stays one."""
+    x, weight, _ = convolution(dtype, kernel)
+    torch.manual_seed(3)
+    made = resops.nn.Conv2dNormActivation(64, 64, kernel).to(DEVICE).eval()
+    with torch.no_grad():
+        made[0].weight.copy_(weight)
+        made[1].running_mean.normal_()
+        made[1].running_var.uniform_(0.5, 2)
+        exact = made.double()[1](made[0](x.double()), x.double() if residual else None)
+    made.float()[0].to(dtype)
+    made.to(memory_format=torch.channels_last)
+    other = x if residual else None
+
+    def call() -> Tensor:
+        with torch.inference_mode(), resops.backend(backend):
+            return made(x, other)
+
+    with counted_calls() as calls:
+        y = call()
+    wanted = {"conv_bn_act_forward": 1} if backend == "native" else {}
+    assert native_calls(calls) == wanted
+    torch.testing.assert_close(
+        y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps
+    )
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, y) if backend == "native" else captured.isfinite().all()
+    x[1, :, 3, 4] = torch.nan
+    assert call()[1, :, 3, 4].isnan().all()
