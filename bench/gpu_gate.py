@@ -142,6 +142,12 @@ JOBS: dict[str, tuple[Stage, ...]] = {
             500,
             bench("ops", "--full", "--batch", "256", "--dtypes", "bf16,fp16"),
         ),
+        Stage(
+            "convolutions",
+            "every convolution of ResNet-50 with prologue, epilogue and statistics against cuDNN",
+            500,
+            lambda gpu: [python("-m", "bench.ops.conv_bn_act_gpu")],
+        ),
     ),
     "models": tuple(
         Stage(
