@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -237,3 +238,32 @@ def test_winograd() -> None:
     assert_close(y, F.conv2d(d[None, None], f[None, None])[0, 0])
     grad_f = G.T @ ((A_T.T @ grad_y @ A_T) * (B_T @ d @ B_T.T)) @ G
     assert_close(grad_f, F.conv2d(d[None, None], grad_y[None, None])[0, 0])
+
+
+@checks("F31")
+def test_convolution_as_a_matrix_product() -> None:
+    x, W = random(2, 3, 6, 5, seed=140), random(4, 3, 3, 2, seed=141)
+    stride, padding, dilation = 2, 1, 2
+    expected = F.conv2d(x, W, None, stride, padding, dilation)
+    for n, h, w in itertools.product(range(2), *map(range, expected.shape[2:])):
+        window = torch.zeros(3, 2, 3, dtype=torch.float64)  # tap, tap, channel
+        for t_h, t_w in itertools.product(range(3), range(2)):
+            row = stride * h - padding + dilation * t_h
+            column = stride * w - padding + dilation * t_w
+            if 0 <= row < 6 and 0 <= column < 5:
+                window[t_h, t_w] = x[n, :, row, column]
+        assert_close(W.permute(0, 2, 3, 1).flatten(1) @ window.flatten(), expected[n, :, h, w])
+
+
+@checks("F32", "F33")
+def test_statistics_of_tiles() -> None:
+    y = 50 + random(700, seed=142)
+    total, parts = torch.zeros((), dtype=torch.float64), []
+    for tile in y.split(128):
+        mean = tile.mean().float().double()
+        parts.append((len(tile), mean, (tile - mean).sum(), ((tile - mean) ** 2).sum()))
+        total += len(tile) * mean + parts[-1][2]
+    mu = total / len(y)
+    squares = sum(q + 2 * (m - mu) * r + n * (m - mu) ** 2 for n, m, r, q in parts)
+    assert_close(mu, y.mean())
+    assert_close(torch.as_tensor(squares) / len(y), y.var(correction=0))

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import resops
 from resops import _dispatch
 from resops.functional import batch_norm_act, residual_add
+from tests.accuracy import Exact, assert_rule_R, to_numpy
 from tests.dispatch import counted_calls, native_calls
 
 DEVICE = os.environ.get("RESOPS_TEST_DEVICE", "cuda")
@@ -161,7 +163,7 @@ def test_large_batches(batch: int) -> None:
     for shape in ((batch, 3), (batch, 1, 1, 1), (batch, 2, 3, 1)):
         x = torch.randn(shape, device=DEVICE)
         got = batch_norm_act(x, None, None, training=True, activation=None)
-        want = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
+        want = F.batch_norm(x.double(), None, None, training=True)
         torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
         per_sample = torch.rand(batch, device=DEVICE)
         want = x + per_sample.view(-1, *[1] * (x.dim() - 1)) * x
@@ -201,3 +203,74 @@ def test_a_wrong_argument_raises_before_a_kernel_runs() -> None:
     with pytest.raises(NotImplementedError, match="not implemented for 'Double' by the CUDA"):
         torch.ops.resops.batch_norm_forward(x.double(), None, *rest)
     torch.cuda.synchronize()
+
+
+# ---- conv_bn_act --------------------------------------------------------------------------------
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def convolution(dtype: torch.dtype, kernel: int, channels: int = 64) -> tuple[Any, ...]:
+    """x, weight and bias; channels-last."""
+    generator = torch.Generator(DEVICE).manual_seed(2)
+
+    def random(*shape: int) -> Tensor:
+        t = torch.randn(shape, generator=generator, device=DEVICE) / shape[-3] ** 0.5
+        return t.to(dtype, memory_format=torch.channels_last)
+
+    bias = torch.randn(channels, generator=generator, device=DEVICE)
+    return random(4, 64, 14, 14), random(channels, 64, kernel, kernel), bias
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_opcheck_of_the_convolution(kernel: int, dtype: torch.dtype) -> None:
+    x, weight, bias = convolution(dtype, kernel)
+    scale, shift = torch.rand(64, device=DEVICE), torch.rand(64, device=DEVICE)
+    geometry = ([1, 1], [kernel // 2] * 2, [1, 1])
+    for statistics, activation in ((True, "identity"), (False, "relu")):
+        arguments = ([x], scale, shift, "relu", 0.0, weight, bias, None, activation, 0.0)
+        op = torch.ops.resops.conv_bn_act_forward.default
+        torch.library.opcheck(op, (*arguments, *geometry, statistics))
+
+
+@pytest.mark.parametrize("backend", ["auto", "native"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("residual", [False, True])
+def test_folded_convolution(residual: bool, kernel: int, dtype: torch.dtype, backend: str) -> None:
+    """Against float64, eager and replayed, by the kernel that `path` names; a NaN stays one."""
+    x, weight, _ = convolution(dtype, kernel)
+    made = resops.nn.Conv2dNormActivation(64, 64, kernel).to(DEVICE).eval()
+    conv, norm = made[0].to(dtype), made[1]
+    with torch.no_grad():
+        conv.weight.copy_(weight)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        scale = torch.rsqrt(norm.running_var.double() + norm.eps)[:, None, None]
+        shift = norm.running_mean.double()[:, None, None] * scale
+        wide = [t.double() for t in (x, weight)]
+        value = F.conv2d(*wide, padding=kernel // 2) * scale - shift
+        terms = F.conv2d(*(t.abs() for t in wide), padding=kernel // 2) * scale + shift.abs()
+        if residual:
+            value, terms = value + x, terms + x.abs()
+    exact = Exact(to_numpy(value.relu(), dtype), to_numpy(terms, dtype))
+    made.to(memory_format=torch.channels_last)
+
+    def call() -> Tensor:
+        with torch.inference_mode(), resops.backend(backend):
+            return made(x, x if residual else None)
+
+    with counted_calls() as calls:
+        y = call()
+    assert_rule_R("y", y, None, exact, dtype)
+    if ON_GPU:
+        assert native_calls(calls) == ({"conv_bn_act_forward": 1} if backend == "native" else {})
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_rule_R("y of a graph", captured, None, exact, dtype)
+    x[1, :, 3, 4] = torch.nan
+    assert bool(call()[1, :, 3, 4].isnan().all())
