@@ -105,8 +105,8 @@ _WGMMA = {
         "kxk",
         "prologue",
     ): "128x16x64x4x3 128x32x64x4x3 128x64x64x8x3 128x128x64x8x3",
-    ("backward_weight", "1x1", "plain"): "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x64x64x4x3",
-    ("backward_weight", "kxk", "plain"): "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x64x64x4x3",
+    ("backward_weight", "1x1", "plain"): "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x4x3",
+    ("backward_weight", "kxk", "plain"): "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x4x3",
     (
         "backward_weight",
         "1x1",
