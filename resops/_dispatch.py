@@ -48,6 +48,7 @@ _KERNELS: dict[str, dict[str, frozenset[str]]] = {
     "triton": {
         "batch_norm": _triton.DEVICES,
         "residual_add": _triton.DEVICES,
+        "conv_bn_act": _triton.DEVICES,
     },
 }
 

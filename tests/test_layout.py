@@ -115,6 +115,7 @@ def test_ops_of_the_native_table_are_registered() -> None:
 LEVELS = {
     "resops": 9,
     "resops.info": 8,
+    "resops.tune": 8,
     "resops.models": 7,
     "resops.nn": 6,
     "resops.functional": 5,

@@ -168,11 +168,12 @@ class ConvFetch {
                            holds ? x + window_[i].offset + tap : nothing(), holds ? count : 0);
       history_ |= static_cast<unsigned>(holds) << i;
     }
+    const int position = (tap_h_ * s.width.kernel + tap_w_) * s.in_channels + own;
 #pragma unroll
     for (int i = 0; i < kTileN / kRowsAtOnce; ++i) {
       const int filter = filter_ + i * kRowsAtOnce;
       const bool holds = count > 0 && filter < s.out_channels;
-      const int taken = holds ? filter * s.filter_length + position_ + kChunk * own_chunk() : 0;
+      const int taken = holds ? filter * s.filter_length + position : 0;
       fetch_chunk<T, kVec>(&shared.in.weight[stage][place(i)],
                            static_cast<const T*>(call_.weight) + taken, holds ? count : 0);
     }
@@ -217,9 +218,7 @@ class ConvFetch {
   }
   __device__ void next_tap(const ConvShape& s) {
     channel_ += kTileK;
-    position_ += kTileK;
     if (channel_ < s.in_channels) return;
-    position_ -= channel_ - s.in_channels;
     channel_ = 0;
     if (++tap_w_ < s.width.kernel) return;
     tap_w_ = 0;

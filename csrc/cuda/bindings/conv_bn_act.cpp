@@ -92,12 +92,16 @@ std::tuple<Tensor, Tensor, Tensor> conv_bn_act_forward(
     return axis_of(x.size(d + 2), size[d + 2], conv_weight.size(d + 2), stride[d], padding[d],
                    dilation[d]);
   };
-  Tensor y = empty_channels_last(size, plain(x, x.scalar_type()));
-
   ConvBnActForward call{};
-  call.shape = {
-      kernel_dtype(x), x.size(0), static_cast<int>(x.size(1)), static_cast<int>(size[1]), axis(0),
-      axis(1),         pitch};
+  call.shape = {kernel_dtype(x),
+                x.size(0),
+                static_cast<int>(x.size(1)),
+                static_cast<int>(size[1]),
+                axis(0),
+                axis(1),
+                pitch,
+                static_cast<int>(weight.numel() / size[1])};
+  Tensor y = empty_channels_last(size, plain(x, x.scalar_type()));
   call.x = x.const_data_ptr();
   call.weight = weight.const_data_ptr();
   call.y = y.mutable_data_ptr();
