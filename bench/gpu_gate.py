@@ -32,7 +32,7 @@ ROOT = environment.ROOT
 BUILD = ROOT / "build" / "gpu_gate"
 JOB_SECONDS = 530.0
 TAIL = 4000  # characters of output that a row keeps
-OPS = ("batch_norm", "residual_add")
+OPS = ("batch_norm", "conv_bn_act", "residual_add")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,11 @@ def run_programs(gpu: Gpu) -> list[list[str]]:
 
 def sanitize(tool: str) -> Callable[[Gpu], list[list[str]]]:
     """All instances at small sizes under a tool of compute-sanitizer."""
-    cases = {"batch_norm": ("flags", "walks"), "residual_add": ("flags", "wanted")}
+    cases = {
+        "batch_norm": ("flags", "walks"),
+        "conv_bn_act": ("flags", "windows", "statistics"),
+        "residual_add": ("flags", "wanted"),
+    }
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
     return lambda gpu: [[*command, str(program(op)), case] for op in OPS for case in cases[op]]
 
