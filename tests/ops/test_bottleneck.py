@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import AotEagerAndRecordGraphs
 
 import resops
 from bench.session import saved_bytes
@@ -366,6 +367,22 @@ def test_compiled_without_graph_breaks(op: str, backend: str) -> None:
     for _ in range(3):
         mine, its = results(compiled, args), results(DEFINITIONS[op], copied, "relu", 0.01)
         assert_equal_results(mine, its)
+
+
+def test_compiled_with_native_convolutions() -> None:
+    """In float32, channels-last, the graph has the backend's convolutions."""
+    args = block("bottleneck", torch.float32, projection=True, width=16)
+    args[0] = args[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    copied = fresh(args)
+    recorded = AotEagerAndRecordGraphs()
+    compiled = torch.compile(OPS["bottleneck"], fullgraph=True, backend=recorded)
+    mine = results(compiled, args, activation="silu")
+    its = results(OPS["bottleneck"], copied, activation="silu")
+    (graph,) = recorded.fw_graphs
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert targets.count("resops.conv_bn_act_forward.default") >= 2
+    for name, t in mine.items():
+        torch.testing.assert_close(t, its[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("how", ["checkpoint", "reentrant checkpoint"])
