@@ -39,7 +39,7 @@ def test_top_level_names() -> None:
 
 
 def test_ops_are_found() -> None:
-    assert {"batch_norm", "residual_add", "conv_bn_act"} <= set(OPS)
+    assert {"batch_norm", "batch_norm_act_max_pool", "residual_add", "conv_bn_act"} <= set(OPS)
 
 
 @pytest.mark.parametrize("op", OPS)

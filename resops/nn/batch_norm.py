@@ -115,6 +115,25 @@ class BatchNormAct(_BatchNorm):
                 return "gelu", 0.0, ()
         return "identity", 0.0, (act,)
 
+    def begin_call(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, bool, float]:
+        """Check ``x`` and count the batch.
+
+        Returns:
+            running_mean, running_var, training and momentum of this call of the op.
+        """
+        self._check_input_dim(x)
+        running_mean, running_var = self.running_mean, self.running_var
+        if not self.training:
+            return running_mean, running_var, running_mean is None and running_var is None, 0.0
+        momentum = self.momentum
+        if not self.track_running_stats:
+            running_mean = running_var = None
+        elif self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:  # the plain mean over all batches
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return running_mean, running_var, True, 0.0 if momentum is None else momentum
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """act( drop( norm(x) ) [+ residual] ).
 
@@ -126,19 +145,7 @@ class BatchNormAct(_BatchNorm):
             ValueError: another number of dimensions, or one value per channel in training.
             RuntimeError: an argument whose size, dtype or device does not fit.
         """
-        self._check_input_dim(x)
-        training = self.training
-        running_mean, running_var = self.running_mean, self.running_var
-        momentum = self.momentum
-        if training:
-            if not self.track_running_stats:
-                running_mean = running_var = None
-            elif self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-                if momentum is None:  # the plain mean over all batches
-                    momentum = 1.0 / float(self.num_batches_tracked)
-        else:
-            training = running_mean is None and running_var is None
+        running_mean, running_var, training, momentum = self.begin_call(x)
         activation, negative_slope, rest = self.epilogue()
         y = functional.batch_norm_act(
             x,
@@ -147,7 +154,7 @@ class BatchNormAct(_BatchNorm):
             self.weight,
             self.bias,
             training,
-            0.0 if momentum is None else momentum,
+            momentum,
             self.eps,
             residual=residual if len(rest) < 2 else None,
             activation=activation,

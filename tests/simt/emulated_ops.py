@@ -17,7 +17,7 @@ from . import emulator
 
 _TORCH = Path(torch.__path__[0])
 _CSRC = emulator.ROOT / "csrc"
-OPS = ("batch_norm", "residual_add")
+OPS = ("batch_norm", "batch_norm_act_max_pool", "residual_add")
 
 
 @functools.cache

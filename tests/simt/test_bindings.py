@@ -11,7 +11,9 @@ import torch
 
 from resops import _dispatch
 from resops.ops import batch_norm as batch_norm_op
+from resops.ops import batch_norm_act_max_pool as pool_op
 from tests.gpu.device_ops import DeviceOps
+from tests.ops import batch_norm_act_max_pool_oracle as pool_oracle
 from tests.ops import batch_norm_oracle, residual_add_oracle
 from tests.tensors import LAYOUTS, exact_batch, guarded, in_layout, ulps_apart
 
@@ -175,3 +177,33 @@ def test_residual_add(ops: Any, activation: str, weighting: str) -> None:
             out = residual_add_oracle.run_ops(case, ops)
             case.check({name: t for name, t in out.items() if name != "mask"})
             residual_add_oracle.assert_metadata(case, out)
+
+
+# ---- batch_norm_act_max_pool --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("windows", pool_oracle.WINDOWS, ids=str)
+def test_batch_norm_act_max_pool(ops: Any, windows: pool_oracle.Windows) -> None:
+    for i, activation in enumerate(batch_norm_oracle.ACTIVATIONS):
+        for layout in ("contiguous", "channels_last", "every_second"):
+            dtype, channels = DTYPES[i % 3], (1, 5, 16)[i % 3]
+            case = pool_oracle.make_case(
+                (2, channels, 11, 8),
+                windows,
+                dtype,
+                layout,
+                activation=activation,
+                parameter_dtype=dtype if i % 2 else torch.float32,
+                training=i != 3,
+            )
+            case.check(pool_oracle.run_ops(case, ops))
+
+
+def test_strides_of_batch_norm_act_max_pool(ops: Any) -> None:
+    for layout in ("contiguous", "channels_last", "every_second"):
+        for shape in ((2, 3, 6, 7), (1, 1, 4, 4), (3, 4, 3, 3)):
+            arguments = pool_oracle.make_case(shape, layout=layout).arguments()
+            real = ops.batch_norm_act_max_pool_forward(*arguments)
+            fake = pool_op._fake_forward(*arguments)
+            for r, f in zip(real, fake, strict=True):
+                assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)

@@ -25,8 +25,13 @@ CASES = {
         "corners",
         "special_values",
     ],
+    "batch_norm_act_max_pool": ["shapes", "flags", "special_values"],
     "residual_add": ["shapes", "flags", "large_batch", "half_weights", "wanted"],
 }
+
+
+# What else a program's launchers call.
+ALSO = {"batch_norm_act_max_pool": ["batch_norm"]}
 
 
 def program(name: str, lane: str) -> Path:
@@ -34,7 +39,8 @@ def program(name: str, lane: str) -> Path:
     if reason is not None:
         pytest.skip(f"no lane {lane}: {reason}")
     source = emulator.FOLDER / "kernels" / f"{name}.cpp"
-    return emulator.build(source, SOURCES / f"{name}.cu", lane=lane)
+    launchers = [SOURCES / f"{op}.cu" for op in (name, *ALSO.get(name, []))]
+    return emulator.build(source, *launchers, lane=lane)
 
 
 def test_every_program_is_listed() -> None:
@@ -75,7 +81,7 @@ def test_every_kernel_runs() -> None:
     """Each __global__ function of csrc/cuda is launched by the programs."""
     launched = ""
     for name in PROGRAMS:
-        for case in ("flags", "parameters" if name == "batch_norm" else "wanted"):
+        for case in {"flags", "parameters", "wanted"} & set(CASES[name]):
             launched += emulator.run(program(name, "plain"), case).stdout
     defined = {
         kernel

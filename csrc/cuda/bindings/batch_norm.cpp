@@ -10,9 +10,8 @@
 #include <array>
 #include <tuple>
 
-#include "../../batch_norm.h"
 #include "../../common/tensor_checks.h"
-#include "device_call.h"
+#include "batch_norm_call.h"
 
 namespace resops::cuda {
 namespace {
@@ -26,37 +25,41 @@ BatchNormShape shape_of(const Tensor& x) {
   return {kernel_dtype(x), x.size(0), x.size(1), spatial, channels_last};
 }
 
-Tensor empty_vector(const Tensor& x, int64_t size, at::ScalarType dtype = at::kFloat) {
-  return at::empty({size}, plain(x, dtype));
-}
-
 Tensor workspace_for(const Tensor& x, const BatchNormShape& shape) {
   return empty_vector(x, batch_norm_workspace(shape));
 }
-
-// The values per channel, in the memory that the kernels read them from.
-struct Affine {
-  Affine(const Tensor& mean_, const Tensor& invstd_, const OptionalTensor& weight_,
-         const OptionalTensor& bias_)
-      : mean(mean_.contiguous()), invstd(invstd_.contiguous()) {
-    args.mean = mean.const_data_ptr<float>();
-    args.invstd = invstd.const_data_ptr<float>();
-    args.weight = vector_of(weight_, weight);
-    args.bias = vector_of(bias_, bias);
-  }
-  static ChannelVector vector_of(const OptionalTensor& t, Tensor& kept) {
-    if (!t) return {nullptr, true};
-    kept = t->contiguous();
-    return {kept.const_data_ptr(), kept.scalar_type() == at::kFloat};
-  }
-  Tensor mean, invstd, weight, bias;
-  BatchNormAffine args;
-};
 
 RunningStatistic running_statistic(const OptionalTensor& t) {
   if (!t) return {nullptr, true, 1};
   return {t->mutable_data_ptr(), t->scalar_type() == at::kFloat, t->stride(0)};
 }
+
+}  // namespace
+
+std::pair<Tensor, Tensor> batch_norm_mean_invstd(const Tensor& x,
+                                                 const OptionalTensor& running_mean,
+                                                 const OptionalTensor& running_var, bool training,
+                                                 double momentum, double eps, Stream stream) {
+  const BatchNormShape shape = shape_of(x);
+  Tensor mean = empty_vector(x, shape.channels), invstd = empty_vector(x, shape.channels);
+  const BatchNormStatistics out{mean.mutable_data_ptr<float>(),
+                                nullptr,
+                                invstd.mutable_data_ptr<float>(),
+                                eps,
+                                running_statistic(running_mean),
+                                running_statistic(running_var),
+                                momentum};
+  if (training) {
+    const Tensor workspace = workspace_for(x, shape);
+    launch_batch_norm_statistics(shape, x.const_data_ptr(), workspace.mutable_data_ptr<float>(),
+                                 out, stream);
+  } else {
+    launch_batch_norm_frozen(shape.channels, shape.dtype, out, stream);
+  }
+  return {mean, invstd};
+}
+
+namespace {
 
 // ---- forward -----------------------------------------------------------------------------------
 
@@ -124,21 +127,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
   const MemoryLayout layout(x);
   const BatchNormShape shape = shape_of(x);
   const Tensor input = dense(layout, x);
-  Tensor mean = empty_vector(x, shape.channels), invstd = empty_vector(x, shape.channels);
-  const BatchNormStatistics out{mean.mutable_data_ptr<float>(),
-                                nullptr,
-                                invstd.mutable_data_ptr<float>(),
-                                eps,
-                                running_statistic(running_mean),
-                                running_statistic(running_var),
-                                momentum};
-  if (training) {
-    const Tensor workspace = workspace_for(x, shape);
-    launch_batch_norm_statistics(shape, input.const_data_ptr(), workspace.mutable_data_ptr<float>(),
-                                 out, call.stream);
-  } else {
-    launch_batch_norm_frozen(shape.channels, shape.dtype, out, call.stream);
-  }
+  const auto [mean, invstd] = batch_norm_mean_invstd(input, running_mean, running_var, training,
+                                                     momentum, eps, call.stream);
   auto [y, mask] = run_apply(shape, layout, input, residual, Affine(mean, invstd, weight, bias),
                              act, negative_slope, call.stream);
   return {y, mean, invstd, mask};
@@ -259,30 +249,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const BackwardCall call(grad_y, x, residual, mask, weight, bias, mean, invstd, act,
                           negative_slope);
   const auto [need_x, need_residual, need_weight, need_bias] = output_mask;
-  const int64_t channels = x.size(1);
-  Tensor sum_grad, sum_grad_xhat;
-  // The sums are the gradients, but for parameters of 16 bits.
-  const auto own_grad = [&](const OptionalTensor& parameter, bool needed) {
-    if (!needed) return empty_vector(x, 0, parameter ? parameter->scalar_type() : at::kFloat);
-    if (!parameter || parameter->scalar_type() == at::kFloat) return Tensor();
-    return empty_vector(x, channels, parameter->scalar_type());
-  };
-  Tensor grad_weight = own_grad(weight, need_weight), grad_bias = own_grad(bias, need_bias);
-  if (need_weight || need_bias || (need_x && training)) {
-    sum_grad = empty_vector(x, channels);
-    sum_grad_xhat = empty_vector(x, channels);
-    const auto data = [](const Tensor& t) {
-      return t.defined() && t.numel() > 0 ? t.mutable_data_ptr() : nullptr;
-    };
-    call.reduce({sum_grad.mutable_data_ptr<float>(), sum_grad_xhat.mutable_data_ptr<float>(),
-                 data(grad_bias), data(grad_weight)});
-  }
+  ParameterGradients grads(x, weight, bias, need_weight, need_bias, need_x && training);
+  if (grads.needed()) call.reduce(grads.sums());
   const double factor = 1.0 / static_cast<double>(std::max<int64_t>(call.shape.count(), 1));
   auto [grad_x, grad_residual] =
-      call.apply(training ? sum_grad : Tensor(), training ? sum_grad_xhat : Tensor(), factor,
-                 need_x, need_residual);
-  return {grad_x, grad_residual, grad_weight.defined() ? grad_weight : sum_grad_xhat,
-          grad_bias.defined() ? grad_bias : sum_grad};
+      call.apply(training ? grads.sum_grad() : Tensor(),
+                 training ? grads.sum_grad_xhat() : Tensor(), factor, need_x, need_residual);
+  return {grad_x, grad_residual, grads.grad_weight(), grads.grad_bias()};
 }
 
 }  // namespace
