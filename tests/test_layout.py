@@ -16,7 +16,7 @@ TOP_LEVEL = ("setup.py", "csrc", "resops", "triton_kernels", "tests", "bench", "
 SHARED = {
     "resops/ops": {"__init__"},
     "resops/reference": {"__init__", "activation", "layout"},
-    "csrc/cuda": {"device"},
+    "csrc/cuda": {"batch_norm_slab", "device"},
 }
 # Ops that are made of other ops and of the library's, and so have no kernel of their own.
 COMPOSED = {"conv_bn_act"}

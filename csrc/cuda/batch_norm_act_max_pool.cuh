@@ -66,11 +66,10 @@ struct PoolPlace {
 // Calls f(row, column, raw) for the pixels of rows [row, row_end) and columns [column, column_end)
 // of an image that are this thread's, with the elements of x there; several loads are on their way
 // at a time.
-template <class T, int kVec, class F>
+template <class T, int kVec, int kSteps = 4, class F>
 __device__ __forceinline__ void for_pixels(const PoolWalk& w, const PoolPlace<kVec>& place,
                                            const T* x, int row, int row_end, int column,
                                            int column_end, F f) {
-  constexpr int kSteps = 4;
   const int columns = column_end - column, pixels = (row_end - row) * columns;
   if (!place.active) return;
   for (int first = place.pixel; first < pixels; first += kSteps * w.pixels) {
@@ -214,7 +213,7 @@ __device__ __forceinline__ int index_at(const IndexVector<kVec>& index, int i) {
 
 // Calls f(offset, x, g) for the elements of x that are this thread's: `offset` is that of the first
 // of kVec, g the gradient that reaches them from the pooling.
-template <class T, int kVec, class F>
+template <class T, int kVec, int kSteps, class F>
 __device__ __forceinline__ void for_gradients(const PoolWalk& w, const PoolPlace<kVec>& place,
                                               unsigned char* shared, const T* x, const T* grad_y,
                                               const uint8_t* index, F f) {
@@ -246,7 +245,7 @@ __device__ __forceinline__ void for_gradients(const PoolWalk& w, const PoolPlace
     const int h_begin = max(step * w.stride[0] - w.padding[0], 0);
     const int h_end = min((step + 1) * w.stride[0] - w.padding[0], w.height);
     if (h_begin < h_end) {
-      for_pixels<T, kVec>(
+      for_pixels<T, kVec, kSteps>(
           w, place, x, h_begin, h_end, w_begin, w_end,
           [&](int h, int column, const Raw<T, kVec>& raw) {
             float g[kVec] = {}, values[kVec];
@@ -276,6 +275,10 @@ __device__ __forceinline__ void for_gradients(const PoolWalk& w, const PoolPlace
   }
 }
 
+// Pixels of a thread at a time: of gelu more would not fit the registers.
+template <Activation kAct>
+constexpr int kPoolSteps = kAct == Activation::gelu ? 2 : 4;
+
 // In place: the gradient before the activation, and x - mean.
 template <class T, int kVec, Activation kAct>
 __device__ __forceinline__ void before_activation(const PoolAffine<T, kVec>& a,
@@ -301,15 +304,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   const PoolPlace<kVec> place(w);
   const PoolAffine<T, kVec> a(Channels<T, kVec>(place.channel, w.channels, aligned), affine);
   float sum[kVec] = {}, product[kVec] = {};
-  for_gradients<T, kVec>(w, place, reinterpret_cast<unsigned char*>(&shared), x, grad_y, index,
-                         [&](int64_t, float (&v)[kVec], float (&g)[kVec]) {
-                           before_activation<T, kVec, kAct>(a, negative_slope, v, g);
+  for_gradients<T, kVec, kPoolSteps<kAct>>(
+      w, place, reinterpret_cast<unsigned char*>(&shared), x, grad_y, index,
+      [&](int64_t, float (&v)[kVec], float (&g)[kVec]) {
+        before_activation<T, kVec, kAct>(a, negative_slope, v, g);
 #pragma unroll
-                           for (int i = 0; i < kVec; ++i) {
-                             sum[i] += g[i];
-                             product[i] = fmaf(g[i], v[i], product[i]);
-                           }
-                         });
+        for (int i = 0; i < kVec; ++i) {
+          sum[i] += g[i];
+          product[i] = fmaf(g[i], v[i], product[i]);
+        }
+      });
   const float2 total = sum_columns<kVec, kChannelsLast>(shared, w.lanes, w.pixels, sum, product);
   // Thread t has the sums of value t of the block's slab.
   const int t = static_cast<int>(threadIdx.x), width = kChannelsLast ? w.lanes * kVec : 1;
@@ -349,16 +353,17 @@ __global__ void __launch_bounds__(kThreads, 2)
       slope[i] *= -factor * a.scale[i] * invstd[i];
     }
   }
-  for_gradients<T, kVec>(w, place, reinterpret_cast<unsigned char*>(&shared), x, grad_y, index,
-                         [&](int64_t at, float (&v)[kVec], float (&g)[kVec]) {
-                           before_activation<T, kVec, kAct>(a, negative_slope, v, g);
+  for_gradients<T, kVec, kPoolSteps<kAct>>(
+      w, place, reinterpret_cast<unsigned char*>(&shared), x, grad_y, index,
+      [&](int64_t at, float (&v)[kVec], float (&g)[kVec]) {
+        before_activation<T, kVec, kAct>(a, negative_slope, v, g);
 #pragma unroll
-                           for (int i = 0; i < kVec; ++i) {
-                             const float rest = sum_grad ? fmaf(v[i], slope[i], offset[i]) : 0;
-                             g[i] = fmaf(g[i], a.scale[i], rest);
-                           }
-                           store<Raw<T, kVec>>(grad_x + at, pack<T, kVec>(g));
-                         });
+        for (int i = 0; i < kVec; ++i) {
+          const float rest = sum_grad ? fmaf(v[i], slope[i], offset[i]) : 0;
+          g[i] = fmaf(g[i], a.scale[i], rest);
+        }
+        store<Raw<T, kVec>>(grad_x + at, pack<T, kVec>(g));
+      });
 }
 
 }  // namespace resops::cuda

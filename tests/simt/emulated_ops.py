@@ -26,7 +26,7 @@ def load() -> Any:
     sources = [
         *(emulator.FOLDER / name for name in ("simt.cpp", "limits.cpp")),
         *(_CSRC / f"{op}.cpp" for op in OPS),
-        *(_CSRC / "cuda" / f"{op}.cu" for op in OPS),
+        *(path for path in sorted((_CSRC / "cuda").glob("*.cu")) if path.stem != "device"),
         *(_CSRC / "cuda" / "bindings" / f"{op}.cpp" for op in OPS),
     ]
     includes = [_TORCH / "include", _TORCH / "include/torch/csrc/api/include"]

@@ -25,13 +25,14 @@ CASES = {
         "corners",
         "special_values",
     ],
+    "batch_norm_slab": ["flags", "shapes", "means", "choice", "determinism"],
     "batch_norm_act_max_pool": ["shapes", "flags", "special_values"],
     "residual_add": ["shapes", "flags", "large_batch", "half_weights", "wanted"],
 }
 
 
 # What else a program's launchers call.
-ALSO = {"batch_norm_act_max_pool": ["batch_norm"]}
+ALSO = {"batch_norm_act_max_pool": ["batch_norm"], "batch_norm_slab": ["batch_norm"]}
 
 
 def program(name: str, lane: str) -> Path:
@@ -74,7 +75,7 @@ def test_traffic(name: str) -> None:
     done = emulator.run(program(name, "plain"), "traffic")
     print(done.stdout)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("traffic ") >= 10
+    assert done.stdout.count("traffic ") >= 10, done.stdout
 
 
 def test_every_kernel_runs() -> None:
