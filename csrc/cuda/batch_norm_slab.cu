@@ -50,7 +50,7 @@ std::optional<Candidate> in_shared_memory(const BatchNormShape& shape, int tenso
   const size_t bytes = header_bytes(lanes, vec) + static_cast<size_t>(rows) * 16 * lanes * tensors;
   const int64_t beside = std::max<int64_t>(
       1, static_cast<int64_t>(device.shared_per_multiprocessor / (bytes + kStaticReserve)));
-  const int64_t together = device.multiprocessors * std::min<int64_t>(beside, 2);
+  const int64_t together = device.multiprocessors * std::min<int64_t>(beside, kSlabBlocks);
   if (blocks > together) return {};
   const double waves = static_cast<double>(ceil_div(slabs * blocks, together));
   return Candidate{{blocks == 1 ? SlabRegime::block : SlabRegime::cluster, lanes, blocks,

@@ -14,6 +14,7 @@
 namespace resops::cuda {
 
 constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kSlabBlocks = 2;  // on a multiprocessor, where shared memory has room for them
 
 struct SlabWalk {
   int64_t rows, channels;  // M and C
@@ -70,13 +71,13 @@ struct SlabPlace {
 
 // Calls f(offset, present, v, bits) for this thread's rows, from the first to the last or
 // backwards. All threads of a warp make the same calls. kKeep: the first pass, which keeps what it
-// reads.
-template <class T, int kVec, int kTensors, bool kMask, bool kKeep, class F>
+// reads. Fewer accesses at a time than in batch_norm.cuh: there is more to hold in registers.
+template <class T, int kVec, int kTensors, bool kMask, bool kKeep,
+          int kSteps = kUnroll<kVec, kTensors> / 2, class F>
 __device__ __forceinline__ void for_slab_rows(const SlabWalk& w, const SlabPlace<kVec>& p,
                                               Raw<T, kVec>* kept,
                                               const T* const (&tensors)[kTensors],
                                               const uint8_t* mask, F f) {
-  constexpr int kSteps = kUnroll<kVec, kTensors>;
   for (int64_t first = 0; first < p.steps; first += kSteps) {
     Raw<T, kVec> raw[kSteps][kTensors] = {};
     unsigned byte[kSteps] = {};
@@ -197,7 +198,7 @@ __device__ __forceinline__ void read_known(const float* known, int lane, float (
 // ---- forward -----------------------------------------------------------------------------------
 
 template <class T, int kVec, Activation kAct, bool kResidual>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kSlabBlocks)
     batch_norm_slab_forward_kernel(SlabWalk w, BatchNormAffine affine, bool aligned,
                                    float negative_slope, const T* __restrict__ x,
                                    const T* __restrict__ residual, T* __restrict__ y,
@@ -290,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 // ---- backward ----------------------------------------------------------------------------------
 
 template <class T, int kVec, Activation kAct, bool kResidual>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kSlabBlocks)
     batch_norm_slab_backward_kernel(SlabWalk w, BatchNormAffine affine, bool aligned,
                                     float negative_slope, const T* __restrict__ grad_y,
                                     const T* __restrict__ x, const T* __restrict__ residual,

@@ -2,8 +2,9 @@
 
     python tests/lanes/ptxas.py [--all] [ARCHITECTURE ...]
 
-compiles every file of csrc/cuda with nvcc for each architecture (80, 90a and 120) and prints what
-ptxas says, one row per kernel, or with ``--all`` per instance. It fails where a kernel that walks
+compiles every file of csrc/cuda, and the CUDA programs of bench, with nvcc for each architecture
+(80, 90a and 120) and prints what ptxas says, one row per kernel, or with ``--all`` per instance. It
+fails where a kernel that walks
 over tensors spills, uses the stack, or has more registers than leave room for two blocks on a
 multiprocessor; and, where cuobjdump is (that of the CUDA toolkit or of the package triton), where
 the machine code of one that is compiled for vectors has no 16-byte loads or stores. No GPU is
@@ -26,11 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+SOURCES = [
+    path for folder in ("csrc/cuda", "bench") for path in sorted((ROOT / folder).glob("*.cu"))
+]
 ARCHITECTURES = ("80", "90a", "120")
 BUILD = ROOT / "build" / "ptxas"
 # As in CMakeLists.txt.
-FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fmad=false", f"-I{ROOT / 'csrc'}"]
+FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fmad=false"]
+FLAGS += [f"-I{ROOT / folder}" for folder in ("csrc", "csrc/cuda")]
 MOST_REGISTERS = 128  # 65536 of a multiprocessor, for two blocks of 256 threads
 
 

@@ -3,6 +3,7 @@ layouts, outputs and their strides, against the oracles of the CPU ops, by rule 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -207,3 +208,26 @@ def test_strides_of_batch_norm_act_max_pool(ops: Any) -> None:
             fake = pool_op._fake_forward(*arguments)
             for r, f in zip(real, fake, strict=True):
                 assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
+
+
+# ---- how often tensors are read -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["reverse", "single_read"])
+def test_schemes(ops: Any, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule R with each, twice the same bits, and a name that is none is refused."""
+    monkeypatch.setenv("RESOPS_CUDA_BATCH_NORM", scheme)
+    for dtype, activation, training in itertools.product(DTYPES, ("relu", "silu"), (True, False)):
+        for channels in (8, 40, 17):  # 17 channels are read twice in any case
+            x = in_layout(values((3, channels, 4, 5), dtype), "channels_last", offset=1)
+            case = batch_norm_oracle.random_case(
+                x, residual=True, activation=activation, training=training, parameter_dtype=dtype
+            ).with_decided_signs()
+            out, again = (batch_norm_oracle.run_ops(case, ops) for _ in range(2))
+            case.check(out)
+            for name, t in out.items():
+                other = again[name]
+                assert t is None or (other is not None and torch.equal(t, other)), name
+    monkeypatch.setenv("RESOPS_CUDA_BATCH_NORM", "once")
+    with pytest.raises(ValueError, match="two_reads, reverse or single_read, but got 'once'"):
+        batch_norm_oracle.run_ops(case, ops)

@@ -215,7 +215,7 @@ class Call {
   }
   void launch_reduce(Buffer& sum_grad, Buffer& sum_grad_xhat, Buffer& grad_weight,
                      Buffer& grad_bias) {
-    Buffer workspace(DType::f32, gpu::batch_norm_act_max_pool_workspace(s));
+    Workspace workspace(gpu::batch_norm_act_max_pool_workspace(s));
     gpu::launch_batch_norm_act_max_pool_backward_reduce(
         s, gradient(), workspace.as<float>(),
         {sum_grad.as<float>(), sum_grad_xhat.as<float>(),

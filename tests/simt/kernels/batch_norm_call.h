@@ -154,7 +154,7 @@ class Call {
   }
 
   void run_forward() {
-    Buffer workspace(DType::f32, gpu::batch_norm_workspace(shape));
+    Workspace workspace(gpu::batch_norm_workspace(shape));
     Buffer variance(DType::f32, c.channels);
     const Buffer old_mean = running_mean, old_var = running_var;
     const bool is_float = parameter == DType::f32;
@@ -177,7 +177,7 @@ class Call {
       out.var = variance.as<float>();
       if (c.slab) {
         const gpu::BatchNormSlabs cut = slabs(1);
-        Buffer merged(DType::f32, gpu::batch_norm_slab_workspace(shape, cut));
+        Workspace merged(gpu::batch_norm_slab_workspace(shape, cut));
         gpu::launch_batch_norm_slab_forward(shape, cut, out, call, merged.as<float>(), nullptr);
         merged.check_margins("workspace");
       } else {
@@ -249,7 +249,7 @@ class Call {
   void run_slab_backward(const gpu::BatchNormGradient& call, const gpu::BatchNormSums& sums,
                          const gpu::BatchNormGradientOut& out) const {
     const gpu::BatchNormSlabs cut = slabs(call.residual ? 3 : 2);
-    Buffer workspace(DType::f32, gpu::batch_norm_slab_workspace(shape, cut));
+    Workspace workspace(gpu::batch_norm_slab_workspace(shape, cut));
     gpu::launch_batch_norm_slab_backward(shape, cut, call, sums, out, workspace.as<float>(),
                                          nullptr);
     workspace.check_margins("workspace");
@@ -286,7 +286,7 @@ class Call {
                                 x.data(),
                                 masked() ? mask.as<uint8_t>() : nullptr,
                                 c.residual && is_smooth(c.activation) ? residual.data() : nullptr};
-    Buffer workspace(DType::f32, gpu::batch_norm_workspace(shape));
+    Workspace workspace(gpu::batch_norm_workspace(shape));
     Buffer sum_grad(DType::f32, c.channels), sum_grad_xhat(DType::f32, c.channels);
     Buffer grad_bias(parameter, c.channels), grad_weight(parameter, c.channels);
     gpu::BatchNormSums sums{sum_grad.as<float>(), sum_grad_xhat.as<float>(), nullptr, nullptr};

@@ -121,7 +121,7 @@ void determinism() {
       Buffer y(DType::f32, shape.numel()), mean(DType::f32, 40), invstd(DType::f32, 40);
       const auto cut = gpu::choose_batch_norm_slabs(shape, 1, regime);
       CHECK(cut.has_value());
-      Buffer workspace(DType::f32, gpu::batch_norm_slab_workspace(shape, *cut));
+      Workspace workspace(gpu::batch_norm_slab_workspace(shape, *cut));
       gpu::launch_batch_norm_slab_forward(
           shape, *cut, {mean.as<float>(), nullptr, invstd.as<float>(), 1e-5, {}, {}, 0},
           {{mean.as<float>(), invstd.as<float>(), {}, {}},
@@ -155,7 +155,7 @@ void traffic() {
       const auto measure = [&](const char* pass, int tensors, double least, auto launch) {
         const auto cut = gpu::choose_batch_norm_slabs(shape, tensors, regime);
         CHECK(cut && cut->kept == cut->block_rows);
-        Buffer workspace(DType::f32, gpu::batch_norm_slab_workspace(shape, *cut));
+        Workspace workspace(gpu::batch_norm_slab_workspace(shape, *cut));
         simt::reset_launches();
         launch(*cut, workspace.as<float>());
         check_traffic(std::string(pass) + " " + name_of(dtype) + ", regime " +
