@@ -277,7 +277,7 @@ __device__ __forceinline__ void for_gradients(const PoolWalk& w, const PoolPlace
 
 // Pixels of a thread at a time: of gelu more would not fit the registers.
 template <Activation kAct>
-constexpr int kPoolSteps = kAct == Activation::gelu ? 2 : 4;
+constexpr int kPoolSteps = kAct == Activation::gelu ? 1 : 4;
 
 // In place: the gradient before the activation, and x - mean.
 template <class T, int kVec, Activation kAct>

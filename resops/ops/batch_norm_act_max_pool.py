@@ -176,7 +176,8 @@ class BatchNormActMaxPoolFunction(torch.autograd.Function):
         training, eps, rest = ctx.call
         needed = list(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled():  # create_graph=True
-            grads = backward_formulas(grad_y, *saved, training, eps, *rest, needed)
+            arguments: tuple[Any, ...] = (grad_y, *saved, training, eps, *rest, needed)
+            grads = backward_formulas(*arguments)
         else:
             grads = _native_backward(grad_y, *saved, training, *rest, needed)
         wanted = (g if need else None for g, need in zip(grads, needed, strict=True))
@@ -186,7 +187,7 @@ class BatchNormActMaxPoolFunction(torch.autograd.Function):
 def _pair(name: str, value: int | Sequence[int]) -> list[int]:
     """One number for both directions, or one for each."""
     if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
-        return [value, value]  # type: ignore[list-item]
+        return [value, value]
     if not isinstance(value, tuple | list):
         raise TypeError(
             f"{OP}(): argument '{name}' must be int or a tuple of ints, not {type(value).__name__}"

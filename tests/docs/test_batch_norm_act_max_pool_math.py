@@ -17,7 +17,7 @@ WINDOWS = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 1), (5, 2, 2)]  # K, T, P, of
 
 def windows_of(height: int, k: int, t: int, p: int) -> list[list[int]]:
     """What each window along one dimension sees, by trying every place that it could begin at."""
-    found = []
+    found: list[list[int]] = []
     for o in itertools.count():
         if o * t - p + k > height + p:
             return found

@@ -196,7 +196,16 @@ def test_batch_norm_act_max_pool(layout: torch.memory_format) -> None:
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b) and a.stride() == b.stride()
-    arguments = (x.detach(), norm.weight.detach(), norm.bias.detach(), None, None, True, 0.1, 1e-5)
+    arguments: tuple[Any, ...] = (
+        x.detach(),
+        norm.weight.detach(),
+        norm.bias.detach(),
+        None,
+        None,
+        True,
+        0.1,
+        1e-5,
+    )
     arguments += ("relu", 0.0, [3, 3], [2, 2], [1, 1])
     torch.library.opcheck(torch.ops.resops.batch_norm_act_max_pool_forward.default, arguments)
 

@@ -23,7 +23,7 @@ import pybind11
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "torch_headers"
-INDEXES = ([], ["--index-url", "https://download.pytorch.org/whl/cpu"])
+INDEXES: tuple[list[str], ...] = ([], ["--index-url", "https://download.pytorch.org/whl/cpu"])
 
 
 def oldest_torch() -> str:

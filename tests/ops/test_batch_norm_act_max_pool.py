@@ -286,7 +286,8 @@ def test_every_subset_of_gradients() -> None:
             leaves[0],
             None,
             None,
-            *leaves[1:],
+            leaves[1],
+            leaves[2],
             training=True,
             kernel_size=3,
             stride=2,
@@ -306,7 +307,12 @@ def test_saved_for_backward_are_x_and_eight_bits_a_window() -> None:
     x = torch.randn(2, 16, 20, 20, requires_grad=True)
     weight = torch.ones(16, requires_grad=True)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         batch_norm_act_max_pool(x, None, None, weight, training=True, kernel_size=2)
     large = [(t.dtype, tuple(t.shape)) for t in kept if t.numel() > 16]
     assert len(large) == 2
@@ -349,7 +355,7 @@ def test_compiled_gives_the_same_bits() -> None:
 
     y = call(*leaves)
     y.backward(c.grad_y)
-    got = {"y": y, "running_mean": running[0], "running_var": running[1]}
+    got: dict[str, Any] = {"y": y, "running_mean": running[0], "running_var": running[1]}
     got |= {f"grad_{n}": leaf.grad for n, leaf in zip(("x", "weight", "bias"), leaves, strict=True)}
     for name, t in got.items():
         assert torch.equal(t, eager[name]) and t.stride() == eager[name].stride(), name
@@ -466,4 +472,4 @@ def test_wrong_calls_of_the_op_raise() -> None:
     for name, outcome in outcomes.items():
         assert outcome.error in ("RuntimeError", "NotImplementedError"), (name, outcome)
     index = torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
-    assert not _backward(index=index)
+    _backward(index=index)
