@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from .ops.basic_block import basic_block as _basic_block
 from .ops.batch_norm import batch_norm as _batch_norm
+from .ops.batch_norm_act_max_pool import batch_norm_act_max_pool as _batch_norm_act_max_pool
 from .ops.bottleneck import bottleneck as _bottleneck
 from .ops.conv_bn_act import conv_bn_act as _conv_bn_act
 from .ops.residual_add import residual_add as _residual_add
@@ -18,6 +20,7 @@ __all__ = [
     "ConvNorm",
     "basic_block",
     "batch_norm_act",
+    "batch_norm_act_max_pool",
     "bottleneck",
     "conv_bn_act",
     "residual_add",
@@ -100,6 +103,78 @@ def batch_norm_act(
         momentum,
         eps,
         residual=residual,
+        activation=activation,
+        negative_slope=negative_slope,
+    )
+
+
+def batch_norm_act_max_pool(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """Batch norm, activation and max-pool in one op: what follows the first convolution of a ResNet
+    (He et al., "Deep Residual Learning for Image Recognition", 2015, Table 1).
+
+    ``F.max_pool2d(act(F.batch_norm(input, ...)), kernel_size, stride, padding)``, without the
+    tensor between the two. For the backward pass it keeps ``input`` and 8 bits for every window. A
+    NaN in a window is its maximum, and of equal values the first one gets the gradient, as in
+    PyTorch. First and second derivatives are those of autograd.
+
+    Args:
+        input: (N, C, H, W), float32, bfloat16, float16 or float64; any strides.
+        running_mean, running_var, weight, bias, training, momentum, eps: as in
+            :func:`batch_norm_act`.
+        kernel_size: of a window, one number or (height, width); at most 256 positions.
+        stride: from one window to the next; None for ``kernel_size``.
+        padding: on each side, at most half of ``kernel_size``; never a maximum.
+        dilation: 1.
+        ceil_mode: False.
+        activation: "relu", "leaky_relu", "silu", "gelu" (exact) or None.
+        negative_slope: of leaky_relu.
+
+    Returns:
+        (N, C, OH, OW) with OH = (H + 2 * padding - kernel_size) // stride + 1, OW likewise; in
+        input's dtype and memory format (channels-last or contiguous).
+
+    Raises:
+        ValueError: an input that is not (N, C, H, W); what :func:`batch_norm_act` raises.
+        RuntimeError: windows that do not fit; what :func:`batch_norm_act` raises.
+        NotImplementedError: another dilation, ceil_mode, a window of more than 256 positions, an
+            integer or complex input.
+        BackendError: a backend chosen by name that cannot do this call.
+    """
+    dilations = {dilation} if isinstance(dilation, int) else set(dilation)
+    if ceil_mode or dilations != {1}:
+        raise NotImplementedError(
+            "batch_norm_act_max_pool takes dilation=1 and ceil_mode=False only, but got "
+            f"dilation={dilation} and ceil_mode={ceil_mode}"
+        )
+    return _batch_norm_act_max_pool(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
         activation=activation,
         negative_slope=negative_slope,
     )

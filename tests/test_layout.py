@@ -27,7 +27,7 @@ SHARED = {
         "sync_batch_norm",
     },
     "resops/reference": {"__init__", "activation", "conv_norm", "layout"},
-    "csrc/cuda": {"device"},
+    "csrc/cuda": {"batch_norm_slab", "device"},
 }
 # Ops that are made of other ops, and so have no kernel of their own.
 COMPOSED = {"basic_block", "bottleneck"}
@@ -50,7 +50,7 @@ def test_top_level_names() -> None:
 
 
 def test_ops_are_found() -> None:
-    assert {"batch_norm", "residual_add", "conv_bn_act"} <= set(OPS)
+    assert {"batch_norm", "batch_norm_act_max_pool", "residual_add", "conv_bn_act"} <= set(OPS)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.batch_norm import BatchNormAct2d
+from ..nn.batch_norm_act_max_pool import norm_act_max_pool
 from ..nn.conv_bn_act import Conv2dNormActivation, conv_norm_act
 from ..nn.residual_block import residual_block
 
@@ -205,8 +206,10 @@ class ResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, C, H / 32, W / 32), the output of the last stage."""
-        y = conv_norm_act(self.conv1, self.bn1, x)
-        y = self.maxpool(y)
+        if self.bn1.training:
+            y = norm_act_max_pool(self.bn1, self.maxpool, self.conv1(x))
+        else:
+            y = self.maxpool(conv_norm_act(self.conv1, self.bn1, x))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             y = stage(y)
         return y

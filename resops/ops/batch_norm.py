@@ -378,7 +378,7 @@ def _check_statistics(x: Tensor, **statistics: Tensor | None) -> None:
             )
 
 
-def _check_apply(
+def check_apply(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -387,6 +387,7 @@ def _check_apply(
     invstd: Tensor,
     activation: str,
 ) -> None:
+    """Raise unless these go together in a pass that follows the statistics."""
     check_input("batch_norm", x)
     check_activation(activation)
     _check_pair("weight", weight, "bias", bias, x)
@@ -406,7 +407,7 @@ def _check_backward(
     invstd: Tensor,
     activation: str,
 ) -> None:
-    _check_apply(x, residual, weight, bias, mean, invstd, activation)
+    check_apply(x, residual, weight, bias, mean, invstd, activation)
     check_like("grad_y", grad_y, x)
     if mask is None or mask.numel() == 0:
         if residual is not None and activation in MASKED_ACTIVATIONS and x.numel() > 0:
@@ -432,13 +433,21 @@ def _check_backward(
         )
 
 
-def _statistic_like(x: Tensor) -> Tensor:
+def statistic_like(x: Tensor) -> Tensor:
+    """An uninitialised vector of C values in the dtype of x's statistics."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.empty(x.size(1), dtype=dtype, device=x.device)
 
 
-def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
+def empty(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What stands for a gradient that was not asked for."""
     return torch.empty(0, dtype=dtype, device=x.device)
+
+
+def parameter_grad_like(x: Tensor, parameter: Tensor | None, mean: Tensor, needed: bool) -> Tensor:
+    """An uninitialised gradient of weight or bias; empty where it is not needed."""
+    dtype = mean.dtype if parameter is None else parameter.dtype
+    return torch.empty(x.size(1) if needed else 0, dtype=dtype, device=x.device)
 
 
 def _mask_like(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
@@ -448,7 +457,7 @@ def _mask_like(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
 
 def _fake_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     check_input("batch_norm", x)
-    return _statistic_like(x), _statistic_like(x)
+    return statistic_like(x), statistic_like(x)
 
 
 def _fake_apply(
@@ -461,7 +470,7 @@ def _fake_apply(
     activation: str,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor]:
-    _check_apply(x, residual, weight, bias, mean, invstd, activation)
+    check_apply(x, residual, weight, bias, mean, invstd, activation)
     y = empty_output(x)
     return y, _mask_like(y, residual, activation)
 
@@ -483,7 +492,7 @@ def _fake_forward(
         x, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation
     )
     y = empty_output(x)
-    return y, _statistic_like(x), _statistic_like(x), _mask_like(y, residual, activation)
+    return y, statistic_like(x), statistic_like(x), _mask_like(y, residual, activation)
 
 
 def _fake_backward_reduce(
@@ -499,7 +508,7 @@ def _fake_backward_reduce(
     negative_slope: float,
 ) -> tuple[Tensor, Tensor]:
     _check_backward(grad_y, x, residual, mask, weight, bias, mean, invstd, activation)
-    return _statistic_like(x), _statistic_like(x)
+    return statistic_like(x), statistic_like(x)
 
 
 def _fake_backward_apply(
@@ -523,8 +532,8 @@ def _fake_backward_apply(
         raise ValueError("mean_grad and mean_grad_xhat must either both be None or neither be None")
     _check_statistics(x, mean_grad=mean_grad, mean_grad_xhat=mean_grad_xhat)
     return (
-        empty_output(x) if need_grad_x else _empty(x, x.dtype),
-        empty_output(x) if need_grad_residual else _empty(x, x.dtype),
+        empty_output(x) if need_grad_x else empty(x, x.dtype),
+        empty_output(x) if need_grad_residual else empty(x, x.dtype),
     )
 
 
@@ -543,16 +552,11 @@ def _fake_backward(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_backward(grad_y, x, residual, mask, weight, bias, mean, invstd, activation)
-
-    def parameter_grad(parameter: Tensor | None, needed: bool) -> Tensor:
-        dtype = mean.dtype if parameter is None else parameter.dtype
-        return torch.empty(x.size(1) if needed else 0, dtype=dtype, device=x.device)
-
     return (
-        empty_output(x) if output_mask[0] else _empty(x, x.dtype),
-        empty_output(x) if output_mask[1] else _empty(x, x.dtype),
-        parameter_grad(weight, output_mask[2]),
-        parameter_grad(bias, output_mask[3]),
+        empty_output(x) if output_mask[0] else empty(x, x.dtype),
+        empty_output(x) if output_mask[1] else empty(x, x.dtype),
+        parameter_grad_like(x, weight, mean, output_mask[2]),
+        parameter_grad_like(x, bias, mean, output_mask[3]),
     )
 
 
