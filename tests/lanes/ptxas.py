@@ -8,9 +8,9 @@ fails where a kernel that walks
 over tensors spills, uses the stack, or has more registers than leave room for two blocks on a
 multiprocessor; and, where cuobjdump is (that of the CUDA toolkit or of the package triton), where
 the machine code of one that is compiled for vectors has no 16-byte loads or stores, or that of a
-convolution does not multiply on tensor cores. ``--release`` adds the other architectures of a release,
-of which only one file is compiled: what differs between them and the three is not in our source. No
-GPU is needed.
+convolution does not multiply on tensor cores. ``--release`` adds the other architectures of a
+release, of which only one file is compiled: what differs between them and the three is not in our
+source. No GPU is needed.
 """
 
 from __future__ import annotations
