@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import resops
-from resops import _dispatch
+from resops import _dispatch, _native
 from resops.ops import conv_bn_act, conv_bn_act_gpu
 from resops.reference import conv_bn_act as reference
 
@@ -20,7 +20,7 @@ from resops.reference import conv_bn_act as reference
 def built_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = _dispatch._KERNELS["native"] | {"conv_bn_act": frozenset({"cuda"})}
     monkeypatch.setitem(_dispatch._KERNELS, "native", devices)
-    monkeypatch.setattr(_dispatch._native, "error", None)
+    monkeypatch.setattr(_native, "error", None)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def fake() -> Iterator[None]:
 
 
 def tensors(dtype: torch.dtype = torch.bfloat16, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    kwargs = {"memory_format": torch.channels_last, "device": "cuda", "dtype": dtype} | kwargs
+    kwargs = {"memory_format": torch.channels_last, "device": "cuda", "dtype": dtype, **kwargs}
     return torch.empty(2, 8, 5, 7, **kwargs), torch.empty(16, 8, 3, 3, **kwargs)
 
 
