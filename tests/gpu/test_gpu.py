@@ -314,7 +314,7 @@ def test_opcheck_of_the_convolution(kernel: int, dtype: torch.dtype) -> None:
 def test_folded_convolution(residual: bool, kernel: int, dtype: torch.dtype, backend: str) -> None:
     """Against float64, eager and replayed, by the kernel that `path` names; a NaN stays one."""
     x, weight, _ = convolution(dtype, kernel)
-    made = resops.nn.Conv2dNormActivation(64, 64, kernel).to(DEVICE).eval()
+    made: Any = resops.nn.Conv2dNormActivation(64, 64, kernel).to(DEVICE).eval()
     conv, norm = made[0].to(dtype), made[1]
     with torch.no_grad():
         conv.weight.copy_(weight)
@@ -322,17 +322,18 @@ def test_folded_convolution(residual: bool, kernel: int, dtype: torch.dtype, bac
         norm.running_var.uniform_(0.5, 2)
         scale = torch.rsqrt(norm.running_var.double() + norm.eps)[:, None, None]
         shift = norm.running_mean.double()[:, None, None] * scale
-        wide = [t.double() for t in (x, weight)]
-        value = F.conv2d(*wide, padding=kernel // 2) * scale - shift
-        terms = F.conv2d(*(t.abs() for t in wide), padding=kernel // 2) * scale + shift.abs()
+        wide_x, wide_weight = x.double(), weight.double()
+        value = F.conv2d(wide_x, wide_weight, padding=kernel // 2) * scale - shift
+        terms = F.conv2d(wide_x.abs(), wide_weight.abs(), padding=kernel // 2) * scale + shift.abs()
         if residual:
             value, terms = value + x, terms + x.abs()
     exact = Exact(to_numpy(value.relu(), dtype), to_numpy(terms, dtype))
-    made.to(memory_format=torch.channels_last)
+    conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
 
     def call() -> Tensor:
         with torch.inference_mode(), resops.backend(backend):
-            return made(x, x if residual else None)
+            y: Tensor = made(x, x if residual else None)
+            return y
 
     with counted_calls() as calls:
         y = call()

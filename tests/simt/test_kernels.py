@@ -64,8 +64,8 @@ def test_kernels(name: str, case: str, lane: str) -> None:
 @pytest.mark.parametrize("variables", [{"RESOPS_SIMT_SEED": "7"}, {"RESOPS_SIMT_POISON": "0"}])
 def test_order_of_threads_and_poison_change_nothing(name: str, variables: dict[str, str]) -> None:
     for case in CASES[name]:
-        if case == "large_batch":  # a size; others have its instructions
-            continue
+        if case in ("large_batch", "repeats") or (name, case) == ("conv_bn_act", "shapes"):
+            continue  # sizes; others have their instructions
         done = emulator.run(program(name, "plain"), case, **variables)
         assert done.returncode == 0, done.stdout
 

@@ -209,19 +209,17 @@ constexpr DType kDTypes[] = {DType::bf16, DType::f16};
 // Channel counts that are no multiple of anything, odd images, a single row, a single pixel.
 void shapes() {
   for (const DType dtype : kDTypes) {
-    for (const int in_channels : {1, 3, 17, 65}) {
-      for (const int out_channels : {1, 3, 17, 65}) {
-        if (kSlowEmulator && in_channels != out_channels) continue;
-        run({dtype, 2, in_channels, out_channels, 5, 7, 1, 1, 1, 0});
-        run({dtype, 1, in_channels, out_channels, 7, 5, 3, 3, 2, 1});
-      }
+    const int odd[] = {1, 3, 17, 65};
+    for (int i = 0; i < 4; ++i) {
+      run({dtype, 2, odd[i], odd[3 - i], 5, 7, 1, 1, 1, 0});
+      run({dtype, 1, odd[i], odd[i], 7, 5, 3, 3, 2, 1});
     }
     run({dtype, 1, 17, 3, 1, 9});
     run({dtype, 3, 8, 8, 1, 1});
     run({dtype, 2, 16, 24, 9, 11, 1, 1, 2, 0});
     run({dtype, 3, 40, 72, 9, 11, 3, 3, 2, 1});
     run({dtype, 2, 64, 136, 9, 11, 1, 1, 1, 0});
-    run({dtype, 1, 72, 64, 12, 13});
+    run({dtype, 1, 24, 64, 12, 13});
   }
 }
 
@@ -329,7 +327,7 @@ void special_values() {
 
 // The same bits, whatever else happens.
 void repeats() {
-  Config c{DType::f16, 2, 16, 136, 9, 11};
+  Config c{DType::f16, 2, 16, 136, 9, 11, 1, 1, 1, 0};
   c.statistics = true;
   Call first(c), second(c);
   first.run();
