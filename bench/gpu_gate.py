@@ -47,7 +47,11 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "conv_bn_act": ("flags", "windows", "statistics"),
     "residual_add": ("flags", "wanted"),
 }
-ALSO = {"batch_norm_slab": ["batch_norm"], "batch_norm_act_max_pool": ["batch_norm"]}
+ALSO = {
+    "batch_norm": ["batch_norm_slab"],
+    "batch_norm_slab": ["batch_norm"],
+    "batch_norm_act_max_pool": ["batch_norm"],
+}
 
 
 @dataclass(frozen=True)

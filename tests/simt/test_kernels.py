@@ -33,7 +33,11 @@ CASES = {
 
 
 # What else a program's launchers call.
-ALSO = {"batch_norm_act_max_pool": ["batch_norm"], "batch_norm_slab": ["batch_norm"]}
+ALSO = {
+    "batch_norm": ["batch_norm_slab"],
+    "batch_norm_slab": ["batch_norm"],
+    "batch_norm_act_max_pool": ["batch_norm"],
+}
 
 
 def program(name: str, lane: str) -> Path:
