@@ -42,7 +42,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of resops; importing it registers torch.ops.resops.";
   m.def("build_info", &build_info, "Facts of this build: a dict of str to str.");
   m.def("cpu_capability", &cpu_capability,
-        "The instruction set that CPU kernels use: 'portable', 'avx2' or 'avx512'.");
+        "The instruction set that CPU kernels use: 'portable', 'avx2', 'avx512' or "
+        "'avx512_bf16'.");
   m.def("cpu_capabilities", &cpu_capabilities,
         "The instruction sets that can run here, in rising order.");
   m.def("set_cpu_capability", &resops::set_cpu_capability, pybind11::arg("name"),

@@ -17,6 +17,7 @@ SHARED = {
     "resops/ops": {
         "__init__",
         "conv_bn_act_convolution",
+        "conv_bn_act_gpu",
         "conv_bn_act_phases",
         "convolution",
         "convolution_table",
@@ -27,8 +28,8 @@ SHARED = {
     "resops/reference": {"__init__", "activation", "conv_norm", "layout"},
     "csrc/cuda": {"device"},
 }
-# Ops that are made of other ops and of the library's, and so have no kernel of their own.
-COMPOSED = {"conv_bn_act", "basic_block", "bottleneck"}
+# Ops that are made of other ops, and so have no kernel of their own.
+COMPOSED = {"basic_block", "bottleneck"}
 
 
 def stems(folder: str, pattern: str = "*.py") -> set[str]:
@@ -120,6 +121,7 @@ def test_ops_of_the_native_table_are_registered() -> None:
 LEVELS = {
     "resops": 9,
     "resops.info": 8,
+    "resops.tune": 8,
     "resops.models": 7,
     "resops.nn": 6,
     "resops.functional": 5,

@@ -326,9 +326,9 @@ def test_cpu_capabilities() -> None:
 
     names = _C.cpu_capabilities()
     assert names[0] == "portable" and _C.cpu_capability() in names
-    with pytest.raises(ValueError, match="must be one of portable, avx2, avx512"):
+    with pytest.raises(ValueError, match="must be one of portable, avx2, avx512, avx512_bf16"):
         _C.set_cpu_capability("sse9")
-    missing = {"portable", "avx2", "avx512"} - set(names)
+    missing = {"portable", "avx2", "avx512", "avx512_bf16"} - set(names)
     for name in missing:
         with pytest.raises(ValueError, match="cannot run here"):
             _C.set_cpu_capability(name)

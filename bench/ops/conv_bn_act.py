@@ -135,7 +135,7 @@ class Phases:
             1,
             [not of_weight, of_weight, False],
         )
-        return grads[1] if of_weight else grads[0]  # type: ignore[no-any-return]
+        return grads[1] if of_weight else grads[0]
 
     def resops(self, phase: str) -> Tensor:
         ops, plain = torch.ops.resops, (None, None, "identity", 0.0)
@@ -158,10 +158,10 @@ class Phases:
             )
         else:
             size = list(self.weight.shape)
-            return ops.conv_bn_act_backward_weight(  # type: ignore[no-any-return]
+            return ops.conv_bn_act_backward_weight(
                 self.grad_y, [self.x], *plain, size, *self.geometry
             )
-        return outputs[0]  # type: ignore[no-any-return]
+        return outputs[0]
 
     def path(self, phase: str) -> str:
         from resops import _native

@@ -329,7 +329,9 @@ void winograd_backward_weight(const Tensor& grad_y, at::TensorList inputs,
   // A unit of work is the product of some input channels, the columns, and some output channels,
   // the rows. There is one for each thread at least; which unit a value is in does not change it.
   const int64_t most_columns = ceil_div(ceil_div(g.in_channels, k.panel), at::get_num_threads());
-  const int64_t columns = std::min(most_columns * k.panel, kGradientColumns);
+  const int64_t rows_bytes = points(g.tile) * g.out_channels * static_cast<int64_t>(sizeof(float));
+  const int64_t fitting = std::max<int64_t>(kProductBytes / rows_bytes / k.panel, 1) * k.panel;
+  const int64_t columns = std::min({most_columns * k.panel, fitting, kGradientColumns});
   const int64_t rows = equal_blocks(g.out_channels, kGradientRows);
   const int64_t column_ranges = ceil_div(g.in_channels, columns);
   const int64_t row_ranges = ceil_div(g.out_channels, rows);

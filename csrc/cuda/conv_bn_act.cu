@@ -16,8 +16,7 @@ bool has_vectors(const ConvBnActForward& call) {
   const ConvShape& s = call.shape;
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   return s.in_channels % kChunk == 0 && s.out_channels % kChunk == 0 && s.pitch % kChunk == 0 &&
-         aligned(call.x) && aligned(call.weight) && aligned(call.y) && aligned(call.residual) &&
-         aligned(call.scale) && aligned(call.shift);
+         aligned(call.x) && aligned(call.weight) && aligned(call.y) && aligned(call.residual);
 }
 
 // Channels of a tile. The wide one reads x half as often, but has no registers left for a prologue.
@@ -80,14 +79,15 @@ void launch_conv_bn_act_forward(const ConvBnActForward& call, float* workspace, 
     if (blocks_of(s, 64) > kMostBlocks) {
       throw std::runtime_error("resops: conv_bn_act has more pixels than one launch can count");
     }
+    const size_t affine_bytes = 2 * sizeof(float) * affine_length(s.in_channels);
     dispatch_tile(call, [&](auto type, auto vec, auto tile, auto prologue) {
       using T = decltype(type);
       constexpr int kVec = vec(), kTileN = tile();
       constexpr bool kPrologue = prologue();
       RESOPS_LAUNCH((conv_bn_act_forward_kernel<T, kVec, kTileN, kPrologue>),
                     static_cast<unsigned>(blocks_of(s, kTileN)), kThreads,
-                    sizeof(ConvShared<kTileN>), on, call, static_cast<int>(steps_of(s)), pixels,
-                    mean != nullptr ? workspace : nullptr);
+                    sizeof(ConvShared<kTileN>) + (kPrologue ? affine_bytes : 0), on, call,
+                    static_cast<int>(steps_of(s)), pixels, mean != nullptr ? workspace : nullptr);
     });
   }
   if (mean == nullptr) return;

@@ -73,21 +73,6 @@ __device__ __forceinline__ void fetch_chunk(uint4* to, const T* from, int count)
   }
 }
 
-template <int kVec>
-__device__ __forceinline__ void read_channels(const float* p, int count, float (&v)[kChunk]) {
-  if constexpr (kVec == kChunk) {
-#pragma unroll
-    for (int i = 0; i < kChunk; i += 4) {
-      float part[4];
-      unpack<float, 4>(load_nc<uint4>(p + i), part);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) v[i + j] = part[j];
-    }
-  } else {
-    load_some<float>(p, count, v);
-  }
-}
-
 // The activation where it is known at run time only.
 template <int kCount>
 __device__ __forceinline__ void activate_all(Activation activation, float slope,
@@ -111,6 +96,27 @@ __device__ __forceinline__ void activate_all(Activation activation, float slope,
 }
 
 // ---- the product -------------------------------------------------------------------------------
+
+// scale and shift of all channels lie behind the shared struct, filled up with zeros to whole
+// chunks: what is past the last channel stays zero.
+__host__ __device__ constexpr int affine_length(int channels) {
+  return (channels + kChunk - 1) / kChunk * kChunk;
+}
+template <int kTileN>
+__device__ __forceinline__ float* affine_of(ConvShared<kTileN>& shared) {
+  return reinterpret_cast<float*>(&shared + 1);
+}
+template <int kTileN>
+__device__ __forceinline__ void read_affine(ConvShared<kTileN>& shared,
+                                            const ConvBnActForward& call) {
+  const int channels = call.shape.in_channels, length = affine_length(channels);
+  float* scale = affine_of(shared);
+  for (int i = static_cast<int>(threadIdx.x); i < length; i += kThreads) {
+    scale[i] = i < channels ? load_nc<float>(call.scale + i) : 0.0f;
+    scale[length + i] = i < channels ? load_nc<float>(call.shift + i) : 0.0f;
+  }
+  block_sync();
+}
 
 // The window of one pixel of the output: where its first tap lies in the image, perhaps outside.
 struct ConvWindow {
@@ -162,11 +168,12 @@ class ConvFetch {
                            holds ? x + window_[i].offset + tap : nothing(), holds ? count : 0);
       history_ |= static_cast<unsigned>(holds) << i;
     }
+    const int position = (tap_h_ * s.width.kernel + tap_w_) * s.in_channels + own;
 #pragma unroll
     for (int i = 0; i < kTileN / kRowsAtOnce; ++i) {
       const int filter = filter_ + i * kRowsAtOnce;
       const bool holds = count > 0 && filter < s.out_channels;
-      const int taken = holds ? filter * s.filter_length + position_ + kChunk * own_chunk() : 0;
+      const int taken = holds ? filter * s.filter_length + position : 0;
       fetch_chunk<T, kVec>(&shared.in.weight[stage][place(i)],
                            static_cast<const T*>(call_.weight) + taken, holds ? count : 0);
     }
@@ -177,14 +184,13 @@ class ConvFetch {
   // whose copies have arrived. What is padding, or past the last pixel or channel, stays zero.
   __device__ void transform(ConvShared<kTileN>& shared, int stage) {
     if constexpr (kPrologue) {
-      const int own = transformed_ + kChunk * own_chunk(), count = chunk_at(own);
+      const int own = transformed_ + kChunk * own_chunk();
       transformed_ += kTileK;
       if (transformed_ >= call_.shape.in_channels) transformed_ = 0;
       const unsigned holds = history_ >> 2 * (kStages - 2) & 3;
       if (holds == 0) return;
-      float scale[kChunk] = {}, shift[kChunk] = {};
-      read_channels<kVec>(call_.scale + own, count, scale);
-      read_channels<kVec>(call_.shift + own, count, shift);
+      const float* scale = affine_of(shared) + own;
+      const float* shift = scale + affine_length(call_.shape.in_channels);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if ((holds >> i & 1) == 0) continue;
@@ -194,8 +200,6 @@ class ConvFetch {
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) v[j] = fmaf(v[j], scale[j], shift[j]);
         activate_all(call_.prologue, call_.prologue_slope, v);
-#pragma unroll
-        for (int j = 0; j < kChunk; ++j) v[j] = j < count ? v[j] : 0.0f;
         chunk = pack<T, kChunk>(v);
       }
     }
@@ -214,9 +218,7 @@ class ConvFetch {
   }
   __device__ void next_tap(const ConvShape& s) {
     channel_ += kTileK;
-    position_ += kTileK;
     if (channel_ < s.in_channels) return;
-    position_ -= channel_ - s.in_channels;
     channel_ = 0;
     if (++tap_w_ < s.width.kernel) return;
     tap_w_ = 0;
@@ -370,6 +372,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     copies.fetch(shared, step, step < steps);
     cp_async_commit();
   }
+  if constexpr (kPrologue) read_affine(shared, call);
   float sum[kFragments][4][4] = {};
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {

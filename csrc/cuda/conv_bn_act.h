@@ -20,6 +20,9 @@ struct ConvAxis {
   int size, out_size, kernel, stride, padding, dilation;
 };
 
+// With a prologue, scale and shift lie in shared memory.
+constexpr int kMostPrologueChannels = 4096;
+
 // Tensors are channels-last: x (N, H, W, C_in), whose pixels lie `pitch` elements apart, the weight
 // (C, kernel, kernel, C_in), y and the residual (N, OH, OW, C).
 struct ConvShape {

@@ -22,6 +22,20 @@ from ..reference.conv_bn_act import convolution as library_convolution
 from . import conv_bn_act_phases  # noqa: F401  (its fake kernels are registered)
 from .batch_norm import batch_norm, check_activation
 from .conv_bn_act_convolution import convolution
+from .conv_bn_act_gpu import Path, folded_convolution, path
+
+__all__ = [
+    "FoldedConvolution",
+    "Path",
+    "Situation",
+    "conv_bn_act",
+    "convolution",
+    "fold",
+    "is_channels_last",
+    "path",
+    "situation",
+    "wants_gradient",
+]
 
 _HALF = (torch.float16, torch.bfloat16)
 _CASTABLE = (*_HALF, torch.float32)
@@ -122,7 +136,7 @@ class FoldedConvolution:
         self.output_size = output_size
         self.weight = torch.empty_like(layout_of, dtype=at.dtype).copy_(weight)
         self.bias = bias.to(at.dtype)
-        self.wide_bias = bias  # oneDNN adds a float32 bias to a 16-bit convolution
+        self.wide_bias = bias  # oneDNN and the CUDA kernel add a float32 bias to a 16-bit sum
         self.onednn = at.onednn and _onednn_takes(at)
         self.joins_residual = False
         self.at_points: Tensor | None = None  # the weight that Winograd's algorithm multiplies by
@@ -178,6 +192,18 @@ class FoldedConvolution:
             x = x.to(self.dtype)
         if not self.onednn:
             geometry = (self.stride, self.padding, self.dilation, self.groups)
+            if x.is_cuda:
+                fused = folded_convolution(
+                    x,
+                    self.weight,
+                    self.wide_bias,
+                    *geometry,
+                    residual,
+                    activation,
+                    negative_slope,
+                )
+                if fused is not None:
+                    return fused
             y = library_convolution(x, self.weight, self.bias, *geometry)
             return _finish(y, residual, activation, negative_slope)
         if torch.is_inference_mode_enabled():
@@ -432,8 +458,10 @@ def conv_bn_act(
     if not training and not torch.compiler.is_compiling():
         sources = (conv_weight, conv_bias, running_mean, running_var, weight, bias)
         at = None if wants_gradient(x, residual, *sources) else situation(x, residual)
-        # On a GPU the check for weights that are not finite would wait for it at every call.
-        if at is not None and at.device.type == "cpu":
+        # On a GPU the check for weights that are not finite waits for it: at every call only for
+        # those who ask for the kernel that needs the fold.
+        by_name = _dispatch.get_backend() == "native"
+        if at is not None and (at.device.type == "cpu" or by_name):
             folded = fold(at, *sources, eps, stride, padding, dilation, groups)
             if folded is not None and folded.takes(x, residual):
                 return folded(x, residual, activation, negative_slope)

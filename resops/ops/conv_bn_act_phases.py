@@ -2,16 +2,21 @@
 
 :mod:`resops.reference.conv_bn_act` defines ``conv_bn_act_forward``, ``conv_bn_act_backward_data``
 and ``conv_bn_act_backward_weight``; csrc/conv_bn_act.cpp has the schemas and argument checks of
-``torch.ops.resops``. Whatever the layout of the arguments, y, g and the gradient of the weight are
-channels-last: the kernels walk over channels.
+``torch.ops.resops``, triton_kernels/conv_bn_act.py the checks of ``torch.ops.resops_triton``.
+Whatever the layout of the arguments, y, g and the gradient of the weight are channels-last: the
+kernels walk over channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
+from ..reference import conv_bn_act as reference
 from ..reference.layout import empty_channels_last
 
 
@@ -105,7 +110,7 @@ def fake_folded(
     return empty_channels_last(x, size)
 
 
-FAKES = {
+FAKES: dict[str, Callable[..., Any]] = {
     "forward": fake_forward,
     "backward_data": fake_backward_data,
     "backward_weight": fake_backward_weight,
@@ -115,3 +120,6 @@ if _native.module is not None:
     torch.library.register_fake("resops::conv_bn_act_folded", fake_folded)
     for phase, fake in FAKES.items():
         torch.library.register_fake(f"resops::conv_bn_act_{phase}", fake)
+
+for phase, fake in FAKES.items():
+    _triton.register("conv_bn_act", phase, getattr(reference, f"conv_bn_act_{phase}"), fake)

@@ -171,10 +171,8 @@ def _choose_on_cpu(backend: str, x: Tensor, weight: Tensor, geometry: Geometry) 
     resops' own: batch norm's pass over their input is made by batch norm.
     """
     stride, padding, dilation, groups = geometry
-    if (
-        backend != "native"
-        or native_geometry(x, weight, None, stride, padding, dilation, groups) is None
-    ):
+    taken = native_geometry(x, weight, None, stride, padding, dilation, groups)
+    if backend != "native" or isinstance(taken, str):
         return LIBRARY
     return FUSED if tuple(weight.shape[2:]) == (3, 3) else PLAIN
 

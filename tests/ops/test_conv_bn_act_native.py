@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import resops
 from resops.functional import conv_bn_act
 from resops.nn import Conv2dNormActivation
-from resops.ops.conv_bn_act_convolution import convolution
+from resops.ops.conv_bn_act_convolution import convolution, convolution_path
 from resops.reference import conv_bn_act as reference
 from resops.reference.batch_norm import batch_norm_backward_reduce, batch_norm_statistics
 from tests.accuracy import UNIT_ROUNDOFF
@@ -175,7 +175,7 @@ class Call:
             1,
             [True, False, False],
         )
-        return like[0] + self.addend.double().abs()  # type: ignore[no-any-return]
+        return like[0] + self.addend.double().abs()
 
     def backward_weight_terms(self) -> Tensor:
         z, weight, geometry = self._magnitudes()
@@ -190,7 +190,7 @@ class Call:
             1,
             [False, True, False],
         )
-        return like[1]  # type: ignore[no-any-return]
+        return like[1]
 
 
 def assert_near(name: str, ours: Tensor, exact: Tensor, terms: Tensor, limit: float) -> None:
@@ -404,6 +404,35 @@ def test_no_images(kernel: int) -> None:
     assert torch.equal(grad_weight, torch.zeros_like(weight))
 
 
+def peak_memory(f: Callable[[], Any]) -> int:
+    """Bytes that torch's allocator had given out at once while f ran, beyond those before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        outputs = f()  # kept until the end
+    assert profile.profiler is not None and outputs is not None
+    events: Any = profile.profiler.kineto_results
+    now = most = 0
+    for event in sorted(events.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def test_workspace_is_bounded(one_thread: None) -> None:
+    """64 MB, however many channels there are: here the products at all points are 151 MB."""
+    call = Call((1, 1024, 1024, 24, 24, (1, 1)), torch.float32)
+    none, ops = (None, None, "identity", 0.0), torch.ops.resops
+    y, *_ = call.plain_forward(ops)
+    forward = peak_memory(lambda: call.plain_forward(ops))
+    assert 0 < forward - y.nbytes < 64 << 20
+    weight = peak_memory(
+        lambda: ops.conv_bn_act_backward_weight(
+            y, [call.x], *none, list(call.weight.shape), *call.geometry
+        )
+    )
+    assert 0 < weight - call.weight.nbytes < 64 << 20
+
+
 # ---- the choice of the algorithm ----------------------------------------------------------------
 
 
@@ -446,6 +475,28 @@ def path(
 )
 def test_path_and_reason(arguments: dict[str, Any], algorithm: str, reason: str) -> None:
     assert path(**arguments) == (algorithm, reason)
+
+
+def test_reasons_in_python() -> None:
+    """convolution_path is what `convolution` goes by."""
+    x, weight = torch.randn(2, 32, 10, 10).to(memory_format=CL), torch.randn(32, 32, 3, 3)
+    geometry: dict[str, Any] = {"padding": 1}
+    assert convolution_path(x, weight, **geometry) == ("winograd", "3x3 of stride 1")
+    cases: list[tuple[Tensor, dict[str, Any], str]] = [
+        (x.contiguous(), {}, "neither the input nor the weight is channels-last"),
+        (x.double(), {}, "only plain float32 tensors"),
+        (x, {"stride": 2}, "the stride is not 1"),
+        (x, {"dilation": 2}, "the dilation is not 1"),
+        (x, {"padding": 3}, "the padding is more than 2"),
+        (x, {"groups": 2}, "of one group"),
+    ]
+    for t, changed, reason in cases:
+        algorithm, why = convolution_path(t, weight, **{**geometry, **changed})
+        assert algorithm == "library" and reason in why
+    with resops.backend("reference"):
+        assert "'reference' was chosen" in convolution_path(x, weight, **geometry)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert convolution_path(x, weight, **geometry)[1] == "autocast is on"
 
 
 def test_precision() -> None:
@@ -493,6 +544,10 @@ def test_documented_bound(size: tuple[int, int, int, int]) -> None:
 # ---- in layers ----------------------------------------------------------------------------------
 
 
+def channels_last(layer: Any) -> Any:
+    return layer.to(memory_format=CL)
+
+
 def layer_calls(layer: nn.Module, x: Tensor) -> Any:
     with counted_calls() as calls:
         layer(x)
@@ -535,7 +590,7 @@ def test_only_the_gradients_that_are_asked_for() -> None:
 
 
 def test_layers_take_it_in_training() -> None:
-    layer = Conv2dNormActivation(16, 24).to(memory_format=CL)
+    layer = channels_last(Conv2dNormActivation(16, 24))
     x = torch.randn(2, 16, 9, 8).to(memory_format=CL)
     assert layer_calls(layer, x)["conv_bn_act_forward"] == 1
     assert not layer_calls(layer, x.contiguous().bfloat16().float()[:, :, :, :1])["mm"]
@@ -550,7 +605,7 @@ def test_layers_take_it_in_training() -> None:
 
 
 def test_compile_and_export() -> None:
-    layer = Conv2dNormActivation(16, 24).to(memory_format=CL)
+    layer = channels_last(Conv2dNormActivation(16, 24))
     x = torch.randn(2, 16, 9, 8).to(memory_format=CL)
     expected = layer(x)
     expected.sum().backward()
@@ -568,7 +623,7 @@ def test_compile_and_export() -> None:
 
 def test_a_kept_weight_is_never_stale() -> None:
     """Written in place under no_grad, by an optimizer, by load_state_dict, through .data."""
-    layer = Conv2dNormActivation(16, 24).to(memory_format=CL).eval()
+    layer = channels_last(Conv2dNormActivation(16, 24)).eval()
     x = torch.randn(2, 16, 9, 8).to(memory_format=CL)
     weight = layer[0].weight
 
@@ -602,7 +657,7 @@ def test_a_kept_weight_of_another_instruction_set_is_not_used(capability: str) -
     """(The fixture has chosen one; the weight is kept with each of the others.)"""
     from resops import _C
 
-    layer = Conv2dNormActivation(48, 48).to(memory_format=CL).eval()
+    layer = channels_last(Conv2dNormActivation(48, 48)).eval()
     x = torch.randn(2, 48, 9, 8).to(memory_format=CL)
     for other in _C.cpu_capabilities():
         _C.set_cpu_capability(other)

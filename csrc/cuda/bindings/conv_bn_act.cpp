@@ -21,7 +21,7 @@ namespace {
 using at::Tensor;
 
 // What the kernel does not do. resops/ops/conv_bn_act_phases.py tells the same beforehand.
-void check_supported(const Tensor& x, at::IntArrayRef weight) {
+void check_supported(const Tensor& x, at::IntArrayRef weight, bool prologue) {
   TORCH_CHECK_NOT_IMPLEMENTED(is_half(x.scalar_type()), "\"conv_bn_act\" not implemented for '",
                               c10::toString(x.scalar_type()),
                               "' by the CUDA kernels, which take float16 and bfloat16");
@@ -30,6 +30,9 @@ void check_supported(const Tensor& x, at::IntArrayRef weight) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       weight[0] < kConvReach && c10::multiply_integers(weight) < std::numeric_limits<int>::max(),
       "conv_weight of size ", weight, " is too large for the CUDA kernels");
+  TORCH_CHECK_NOT_IMPLEMENTED(!prologue || weight[1] <= kMostPrologueChannels,
+                              "the CUDA kernels take a prologue of at most ", kMostPrologueChannels,
+                              " channels, but got ", weight[1]);
 }
 
 ConvAxis axis_of(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t padding,
@@ -70,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_bn_act_forward(
   const at::DimVector size =
       check_conv_bn_act_forward(inputs, {scale, shift, before}, conv_weight, conv_bias, residual,
                                 after, {stride, padding, dilation}, statistics);
-  check_supported(inputs[0], conv_weight.sizes());
+  check_supported(inputs[0], conv_weight.sizes(), scale.has_value());
   const DeviceCall device(inputs[0]);
   const auto vector = [&](const OptionalTensor& t) {
     return t ? aligned(t->contiguous()) : Tensor();
@@ -89,12 +92,16 @@ std::tuple<Tensor, Tensor, Tensor> conv_bn_act_forward(
     return axis_of(x.size(d + 2), size[d + 2], conv_weight.size(d + 2), stride[d], padding[d],
                    dilation[d]);
   };
-  Tensor y = empty_channels_last(size, plain(x, x.scalar_type()));
-
   ConvBnActForward call{};
-  call.shape = {
-      kernel_dtype(x), x.size(0), static_cast<int>(x.size(1)), static_cast<int>(size[1]), axis(0),
-      axis(1),         pitch};
+  call.shape = {kernel_dtype(x),
+                x.size(0),
+                static_cast<int>(x.size(1)),
+                static_cast<int>(size[1]),
+                axis(0),
+                axis(1),
+                pitch,
+                static_cast<int>(weight.numel() / size[1])};
+  Tensor y = empty_channels_last(size, plain(x, x.scalar_type()));
   call.x = x.const_data_ptr();
   call.weight = weight.const_data_ptr();
   call.y = y.mutable_data_ptr();

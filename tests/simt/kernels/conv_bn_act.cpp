@@ -229,6 +229,7 @@ void windows() {
   for (const DType dtype : kDTypes) {
     for (const int channels : {8, 5}) {
       for (const int padding : {0, 2, 5}) {
+        if (kSlowEmulator && padding != 2) continue;
         Config c{dtype, 2, channels, channels, 6, 7};
         c.padding = padding;
         run(c);
@@ -261,6 +262,7 @@ void flags() {
   for (const DType dtype : kDTypes) {
     for (const int channels : {8, 72, 5}) {
       for (const Activation activation : kActivations) {
+        if (kSlowEmulator && activation != Activation::gelu) continue;
         Config c{dtype, 1, channels, channels, 5, 3, 1, 1, 1, 0};
         c.bias = true;
         c.after = activation;
@@ -340,7 +342,8 @@ void repeats() {
 
 #ifdef RESOPS_SIMT  // only the emulator counts
 // What has to be moved: for every tile of channels each tap that is in the image, for every tile of
-// pixels the weight, and y and the residual once.
+// pixels the weight, and y and the residual once. Of the three partial sums of a tile the finaliser
+// reads two to find the mean, and then all.
 void traffic() {
   for (const DType dtype : kDTypes) {
     for (const int kernel : {1, 3}) {
@@ -363,9 +366,11 @@ void traffic() {
           gpu::launch_conv_bn_act_forward(arguments, workspace.as<float>(),
                                           c.statistics ? call.mean.as<float>() : nullptr,
                                           c.statistics ? call.var.as<float>() : nullptr, nullptr);
-          check_traffic(c.describe(), windows * out_channels / tile +
-                                          weight * static_cast<double>((call.pixels + 127) / 128) +
-                                          out * (c.residual ? 2 : 1));
+          double least = windows * out_channels / tile +
+                         weight * static_cast<double>((call.pixels + 127) / 128) +
+                         out * (c.residual ? 2 : 1);
+          if (c.statistics) least += (3 + 5) * 4.0 * static_cast<double>(workspace.size()) / 3;
+          check_traffic(c.describe(), least);
         }
       }
     }
