@@ -21,15 +21,15 @@ MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 _MARK = "RESOPS_BENCH_ALLOCATOR_SET"
 
 
-def restart_with_allocator_settings(arguments: list[str]) -> None:
-    """Start ``python -m bench`` again with MALLOC set: glibc reads it only when a process starts.
+def restart_with_allocator_settings(arguments: list[str], module: str = "bench") -> None:
+    """Start ``python -m <module>`` again with MALLOC set: glibc reads it when a process starts.
 
     Does nothing where it is set already, or where there is no glibc.
     """
     if os.environ.get(_MARK) or not sys.platform.startswith("linux"):
         return
     environment = {**MALLOC, **os.environ, _MARK: "1"}  # what the user set stays
-    os.execve(sys.executable, [sys.executable, "-m", "bench", *arguments], environment)
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], environment)
 
 
 def _output(*command: str) -> str | None:

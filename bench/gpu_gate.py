@@ -1,12 +1,16 @@
 """What is to be proven and timed on a machine with a GPU, in runs of at most ten minutes.
 
-    python -m bench.gpu_gate prove|models|compile [--stage NAME ...] [--again] [--output FILE]
+    python -m bench.gpu_gate JOB [--stage NAME ...] [--again] [--output FILE]
 
-``prove``: build for the GPU present, the kernels alone and under compute-sanitizer, the GPU tests,
-the time of every BatchNorm of ResNet-50. ``models``: training step and inference. ``compile``:
-torch.compile of ResNet-50. A job runs its stages in order and begins none that has no time left;
-each stage appends a row of JSON to the output as it ends, a failed one too, and the next begins. A
-stage that passed on the same GPU at the same commit is not run again: start the job again to go on.
+The jobs: ``prove``: build for the GPU present, the kernels alone and under compute-sanitizer, the
+GPU tests, the time of every BatchNorm of ResNet-50. ``models``: training step and inference.
+``compile``: torch.compile of ResNet-50. ``convolutions``: those of ResNet-50 and DenseNet-121,
+fused against cuDNN; ``convolutions-compiled``: against torch.compile too
+(bench/gpu_convolutions.py, which makes the package's table of the rows in
+build/gpu_gate/convolutions.jsonl). A job runs its stages in order and begins none that has no time
+left; each stage appends a row of JSON to the output as it ends, a failed one too, and the next
+begins. A stage that passed on the same GPU at the same commit is not run again: start the job again
+to go on.
 
 Without a GPU nothing is run: the list of what was not, and exit status 0.
 """
@@ -14,6 +18,7 @@ Without a GPU nothing is run: the list of what was not, and exit status 0.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -24,7 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import environment
+from bench import environment, gpu_convolutions
+from bench.convolution_shapes import NETWORKS
 from bench.timing import Deadline
 from tests.lanes.ptxas import FLAGS, find_nvcc
 
@@ -110,6 +116,22 @@ def bench(*arguments: str) -> Callable[[Gpu], list[list[str]]]:
     return lambda gpu: [command]
 
 
+def convolutions(*more: str) -> tuple[Stage, ...]:
+    """A stage per network, batch size and phase; each goes on where it was stopped."""
+
+    def stage(network: str, batch: int, phase: str) -> Stage:
+        which = ("--network", network, "--batch", str(batch), "--phase", phase)
+        rows = ("--output", str(BUILD / "convolutions.jsonl"))
+        command = python("-m", "bench.gpu_convolutions", "measure", *which, *rows, *more)
+        what = f"{phase} of every convolution of {network} at batch {batch}, against cuDNN"
+        return Stage(f"{network} {batch} {phase}", what, 500, lambda gpu: [command])
+
+    return tuple(
+        stage(*which)
+        for which in itertools.product(NETWORKS, gpu_convolutions.BATCHES, gpu_convolutions.PHASES)
+    )
+
+
 _BLOCKING = {"CUDA_LAUNCH_BLOCKING": "1"}  # the programs read results right after a launch
 JOBS: dict[str, tuple[Stage, ...]] = {
     "prove": (
@@ -156,6 +178,8 @@ JOBS: dict[str, tuple[Stage, ...]] = {
             bench("models", "--compile", "--batch", "256", "--dtypes", "bf16"),
         ),
     ),
+    "convolutions": convolutions(),
+    "convolutions-compiled": convolutions("--compile"),
 }
 
 

@@ -19,7 +19,7 @@ from bench.models.stock_resnet import CONFIGURATIONS
 from bench.ops import batch_norm, residual_add
 from bench.roofline import KINDS, Roofline
 from bench.session import Progress, Session
-from bench.shapes import BANDWIDTH_SHAPES, RESNET50
+from bench.shapes import BANDWIDTH_SHAPES, RESNET50, VARIANTS
 from bench.timing import Deadline
 from resops import _dispatch
 
@@ -148,7 +148,7 @@ def _beyond(plan: Plan, shapes: tuple[Any, ...], curve: bool = False) -> list[Pa
 
 
 def _ops(plan: Plan) -> Part:
-    cases = list(itertools.product(RESNET50, plan.dtypes))
+    cases = list(itertools.product(VARIANTS if plan.full else RESNET50, plan.dtypes))
     return len(cases), lambda session: batch_norm.run(session, plan.op_batch, cases)
 
 

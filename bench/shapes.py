@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,16 @@ RESNET50: dict[BatchNormShape, int] = {
     _bn(2048, 7, "add relu"): 3,
     _bn(2048, 7, ""): 1,
 }
+
+# Every size of these with and without a residual before the ReLU, and what else the network has.
+VARIANTS = tuple(
+    {
+        replace(shape, residual=residual, relu=True): 1
+        for shape in RESNET50
+        for residual in (False, True)
+    }
+    | RESNET50
+)
 
 # Timed at a size beyond the caches, against the bandwidth limit; the others only in full sweeps.
 BANDWIDTH_SHAPES = (_bn(64, 56, "relu"), _bn(256, 56, "add relu"))

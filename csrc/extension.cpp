@@ -13,6 +13,8 @@
 #include "autograd/autograd.h"
 #include "build_facts.h"  // written by CMake into the build folder
 #include "cpu/capability.h"
+#include "cpu/conv_path.h"
+#include "cpu/winograd_convolution.h"
 
 namespace {
 
@@ -40,11 +42,24 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of resops; importing it registers torch.ops.resops.";
   m.def("build_info", &build_info, "Facts of this build: a dict of str to str.");
   m.def("cpu_capability", &cpu_capability,
-        "The instruction set that CPU kernels use: 'portable', 'avx2' or 'avx512'.");
+        "The instruction set that CPU kernels use: 'portable', 'avx2', 'avx512' or "
+        "'avx512_bf16'.");
   m.def("cpu_capabilities", &cpu_capabilities,
         "The instruction sets that can run here, in rising order.");
   m.def("set_cpu_capability", &resops::set_cpu_capability, pybind11::arg("name"),
         "Make all CPU kernels use one of cpu_capabilities(). ValueError if it cannot run here.");
+  m.def("set_conv_precision", &resops::set_conv_precision, pybind11::arg("name"),
+        "'high': float32 convolutions may use Winograd's algorithm; 'highest': they may not.");
+  m.def("set_conv_algorithm", &resops::set_conv_algorithm, pybind11::arg("name"),
+        "'auto', or for tests and benchmarks 'winograd' (where it is possible) or 'library'.");
+  m.def("conv_algorithm", &resops::conv_algorithm, "What set_conv_algorithm chose.");
+  m.def("conv_path", &resops::describe_conv_path, pybind11::arg("direction"),
+        pybind11::arg("dtype"), pybind11::arg("input_size"), pybind11::arg("output_size"),
+        pybind11::arg("weight_size"), pybind11::arg("stride"), pybind11::arg("padding"),
+        pybind11::arg("dilation"),
+        "The algorithm of a phase of conv_bn_act on the CPU, 'winograd' or 'library', and why.");
+  m.def("winograd_weight", torch::wrap_pybind_function_no_gil(&resops::winograd_weight),
+        "A 3x3 weight at all points, for torch.ops.resops.conv_bn_act_folded.");
   // Exceptions as torch's own functions raise them; other threads may run Python code meanwhile.
   m.def("batch_norm", torch::wrap_pybind_function_no_gil(&resops::batch_norm),
         "batch_norm_forward with its gradient: y alone.");

@@ -32,11 +32,7 @@ WeightKind check_weight(const char* name, const OptionalTensor& weight, const at
                 x.scalar_type(), " of the input, got ", t.scalar_type());
     return WeightKind::elementwise;
   }
-  const bool half = is_half(x.scalar_type());
-  TORCH_CHECK(t.scalar_type() == x.scalar_type() || (half && t.scalar_type() == at::kFloat),
-              "mixed dtype: expect ", name, " to have dtype ", x.scalar_type(),
-              half ? " or Float" : "", " for an input of ", x.scalar_type(), ", but got ",
-              t.scalar_type());
+  check_parameter_dtype(name, t, x);
   return t.numel() == 1 ? WeightKind::scalar : WeightKind::per_sample;
 }
 

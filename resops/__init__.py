@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import functional, fusion, models, nn
 from ._dispatch import BackendError, backend, get_backend, set_backend
+from ._precision import get_conv_precision, set_conv_precision
 from ._version import __version__
 from .fusion import (
     convert_sync_batchnorm,
@@ -29,10 +30,12 @@ __all__ = [
     "fuse_report",
     "fusion",
     "get_backend",
+    "get_conv_precision",
     "models",
     "nn",
     "register_pattern",
     "set_backend",
+    "set_conv_precision",
     "show_env",
     "unfuse",
 ]

@@ -43,10 +43,12 @@ _KERNELS: dict[str, dict[str, frozenset[str]]] = {
     "native": {
         "batch_norm": _native_devices(),
         "residual_add": _native_devices(),
+        "conv_bn_act": _native_devices(),
     },
     "triton": {
         "batch_norm": _triton.DEVICES,
         "residual_add": _triton.DEVICES,
+        "conv_bn_act": _triton.DEVICES,
     },
 }
 

@@ -6,12 +6,22 @@ from typing import Any
 
 from torch import Tensor
 
+from .ops.basic_block import basic_block as _basic_block
 from .ops.batch_norm import batch_norm as _batch_norm
+from .ops.bottleneck import bottleneck as _bottleneck
 from .ops.conv_bn_act import conv_bn_act as _conv_bn_act
 from .ops.residual_add import residual_add as _residual_add
 from .ops.sync_batch_norm import sync_batch_norm as _sync_batch_norm
+from .reference.conv_norm import ConvNorm
 
-__all__ = ["batch_norm_act", "conv_bn_act", "residual_add"]
+__all__ = [
+    "ConvNorm",
+    "basic_block",
+    "batch_norm_act",
+    "bottleneck",
+    "conv_bn_act",
+    "residual_add",
+]
 
 
 def batch_norm_act(
@@ -221,4 +231,88 @@ def residual_add(
         negative_slope=negative_slope,
         alpha_backward=alpha_backward,
         beta_backward=beta_backward,
+    )
+
+
+def bottleneck(
+    input: Tensor,
+    conv1: ConvNorm,
+    conv2: ConvNorm,
+    conv3: ConvNorm,
+    shortcut: ConvNorm | None = None,
+    *,
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+    recompute: bool = False,
+) -> Tensor:
+    """A bottleneck block, join included, as one op that saves little for the backward pass.
+
+    ``y = act( norm3(conv3(act(norm2(conv2(act(norm1(conv1(input)))))))) + shortcut(input) )`` (He,
+    Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", 2015, Figure 5, right). The
+    convolutions are 1x1, 3x3 and 1x1 there; here they may be any that fit. Equal to the layers one
+    after the other; first and second derivatives are those of autograd.
+
+    Saved for the backward pass are the input, the raw outputs of the convolutions, mean and invstd
+    of each norm and one bit per element of the output. The normalised activations between the
+    convolutions are computed again (docs/math/bottleneck.md).
+
+    Args:
+        input: (N, C_in, *spatial) with 1 to 3 spatial dimensions; float32, bfloat16, float16 or
+            float64; any strides.
+        conv1, conv2, conv3: a convolution and its batch norm each: tensors and settings of
+            :func:`conv_bn_act`. ResNet v1.5 has the stride in ``conv2``, v1 in ``conv1``.
+        shortcut: likewise, without activation; None for the identity.
+        activation: after each norm but the shortcut's, the last one after the addition: "relu",
+            "leaky_relu", "silu", "gelu" (exact) or None.
+        negative_slope: of leaky_relu.
+        recompute: do not save the outputs of ``conv3`` and ``shortcut`` either, the widest, and run
+            these convolutions again in the backward pass.
+
+    Returns:
+        (N, C, *spatial) of the last convolution's output.
+
+    Raises:
+        ValueError: an unknown activation; what :func:`batch_norm_act` refuses.
+        TypeError: an argument that is no ConvNorm, or of it a tensor that is none.
+        RuntimeError: an argument whose size, dtype or device does not fit; branch and shortcut
+            that differ in size.
+        NotImplementedError: an integer or complex input.
+        BackendError: a backend chosen by name that cannot do this call.
+    """
+    return _bottleneck(
+        input,
+        conv1,
+        conv2,
+        conv3,
+        shortcut,
+        activation=activation,
+        negative_slope=negative_slope,
+        recompute=recompute,
+    )
+
+
+def basic_block(
+    input: Tensor,
+    conv1: ConvNorm,
+    conv2: ConvNorm,
+    shortcut: ConvNorm | None = None,
+    *,
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+    recompute: bool = False,
+) -> Tensor:
+    """A basic block, join included, as one op that saves little for the backward pass.
+
+    ``y = act( norm2(conv2(act(norm1(conv1(input))))) + shortcut(input) )``: two 3x3 convolutions in
+    Figure 5, left, of the paper that :func:`bottleneck` names. Arguments, what is saved and what
+    is raised are as there; ``recompute`` is about ``conv2`` and ``shortcut``.
+    """
+    return _basic_block(
+        input,
+        conv1,
+        conv2,
+        shortcut,
+        activation=activation,
+        negative_slope=negative_slope,
+        recompute=recompute,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-CAPABILITIES = ("portable", "avx2", "avx512")
+CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 @pytest.fixture(autouse=True)

@@ -206,7 +206,7 @@ def test_definition_has_the_names_of_the_ops() -> None:
         if not schema.name.startswith("resops::"):
             continue
         name = schema.name.removeprefix("resops::")
-        op = next(op for op in ("batch_norm", "residual_add") if name.startswith(op))
+        op = next(op for op in ("batch_norm", "residual_add", "conv_bn_act") if name.startswith(op))
         if name.endswith("_formulas"):
             home = importlib.import_module(f"resops.ops.{op}")
             function = getattr(home, name.removeprefix(f"{op}_"))
@@ -337,9 +337,9 @@ def test_cpu_capabilities() -> None:
 
     names = _C.cpu_capabilities()
     assert names[0] == "portable" and _C.cpu_capability() in names
-    with pytest.raises(ValueError, match="must be one of portable, avx2, avx512"):
+    with pytest.raises(ValueError, match="must be one of portable, avx2, avx512, avx512_bf16"):
         _C.set_cpu_capability("sse9")
-    missing = {"portable", "avx2", "avx512"} - set(names)
+    missing = {"portable", "avx2", "avx512", "avx512_bf16"} - set(names)
     for name in missing:
         with pytest.raises(ValueError, match="cannot run here"):
             _C.set_cpu_capability(name)

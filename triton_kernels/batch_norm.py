@@ -8,7 +8,6 @@ fp32, bf16 and fp16 tensors, computed in fp32.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ from .batch_norm_kernels import (
     batch_norm_statistics_kernel,
     batch_norm_statistics_merge_kernel,
 )
-from .launch import check_like, dense, device_of, empty_output
+from .launch import check_like, dense, device_of, empty_output, processors
 
 _FOLD = 16  # elements; rows of the folded matrix start on multiples of it
 _TILE = 2048  # elements: 16 per thread, two or four vectors of 16 bytes
@@ -113,12 +112,8 @@ class _Walk:
         return (self.blocks * triton.cdiv(self.items, tiles),), tiles
 
 
-@functools.cache
 def _resident_programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _PROGRAMS_PER_PROCESSOR  # the interpreter: one processor
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return _PROGRAMS_PER_PROCESSOR * int(processors)
+    return _PROGRAMS_PER_PROCESSOR * processors(device)
 
 
 def _merge_flags(parts: int, channels: int) -> dict[str, int]:

@@ -128,7 +128,7 @@ def _load_affine(weight_ptr, bias_ptr, mean_ptr, invstd_ptr, channel, exists):
 
 
 @triton.jit
-def _merge_lanes(count, mean, m2, AXIS: tl.constexpr):
+def merge_lanes(count, mean, m2, AXIS: tl.constexpr):
     """Chan's merge of all lanes along an axis: M2 = sum(M2_i + n_i * (mean_i - mean)^2).
 
     Means are averaged as distances from one of them: equal ones stay what they are.
@@ -183,7 +183,7 @@ def batch_norm_statistics_kernel(
     row, exists, first = _tile_corner(items - 1, block, channels, batch, rows, LAST, ROWS, COLS)
     _, valid = _elements(row, exists, first, width, numel, RAGGED, COLS)
     count = tl.where(valid, steps, whole_steps).to(tl.float32)
-    count, mean, m2 = _merge_lanes(count, mean, m2, 0 if LAST else 1)
+    count, mean, m2 = merge_lanes(count, mean, m2, 0 if LAST else 1)
     if LAST:
         columns = width
         column = block * COLS + tl.arange(0, COLS)[None, :]
@@ -232,7 +232,7 @@ def batch_norm_statistics_merge_kernel(
         share = more / tl.maximum(count, 1.0)
         mean += delta * share
         m2 += _load(m2_ptr, offsets, valid) + delta * (count_before * share) * delta
-    count, mean, m2 = _merge_lanes(count, mean, m2, 0)
+    count, mean, m2 = merge_lanes(count, mean, m2, 0)
     var = m2 / tl.maximum(count, 1.0)
     valid = channel < channels
     tl.store(merged_mean_ptr + channel, mean, mask=valid)

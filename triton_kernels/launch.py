@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import triton
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = {"cuda", "cpu"} if triton.knobs.runtime.interpret else {"cuda"}
 
 
 def empty_output(x: Tensor) -> Tensor:
@@ -30,6 +33,23 @@ def dense(t: Tensor, like: Tensor) -> Tensor:
 def device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; the interpreter is one."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def check_device(op: str, x: Tensor) -> None:
+    """Raise unless kernels can run where ``x`` is."""
+    if x.device.type not in DEVICES:
+        raise NotImplementedError(
+            f"{op} of triton has no kernel for {x.device.type} tensors"
+            + (", unless TRITON_INTERPRET=1 is set when Python starts" * (x.device.type == "cpu"))
+        )
 
 
 def check_like(op: str, like: Tensor, **tensors: Tensor | None) -> None:

@@ -3,7 +3,9 @@
 
 #pragma once
 
+#include <ATen/DimVector.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 
@@ -47,5 +49,13 @@ struct MemoryLayout {
   MemoryLayout(at::MemoryFormat format_, bool channels_last_1d_)
       : format(format_), channels_last_1d(channels_last_1d_) {}
 };
+
+// Uninitialised, of size (N, C, *spatial), stored as (N, *spatial, C).
+inline at::Tensor empty_channels_last(at::IntArrayRef size, const at::TensorOptions& options) {
+  at::DimVector stored(size);
+  stored.erase(stored.begin() + 1);
+  stored.push_back(size[1]);
+  return at::empty(stored, options).movedim(-1, 1);
+}
 
 }  // namespace resops

@@ -72,9 +72,9 @@ inline void check_like(const char* name, const at::Tensor& t, const at::Tensor& 
               " of the input, got ", t.scalar_type());
 }
 
-inline void check_vector(const char* name, const at::Tensor& t, const at::Tensor& x) {
+inline void check_vector(const char* name, const at::Tensor& t, int64_t channels,
+                         const at::Tensor& x) {
   check_device(name, t, x);
-  const int64_t channels = x.size(1);
   TORCH_CHECK(t.numel() == channels, name, " should contain ", channels, " elements not ",
               t.numel());
   TORCH_CHECK(t.dim() == 1, name, " should be a vector of ", channels, " elements, but got size ",
@@ -82,10 +82,23 @@ inline void check_vector(const char* name, const at::Tensor& t, const at::Tensor
 }
 
 // Statistics of an earlier phase: vectors of C values in the statistics' dtype.
-inline void check_statistic(const char* name, const at::Tensor& t, const at::Tensor& x) {
-  check_vector(name, t, x);
+inline void check_statistic(const char* name, const at::Tensor& t, int64_t channels,
+                            const at::Tensor& x) {
+  check_vector(name, t, channels, x);
   TORCH_CHECK(t.scalar_type() == statistic_dtype(x), name, " should have dtype ",
               statistic_dtype(x), " for an input of ", x.scalar_type(), ", but got ",
+              t.scalar_type());
+}
+inline void check_statistic(const char* name, const at::Tensor& t, const at::Tensor& x) {
+  check_statistic(name, t, x.size(1), x);
+}
+
+// The input's dtype, or fp32 beside a 16-bit input.
+inline void check_parameter_dtype(const char* name, const at::Tensor& t, const at::Tensor& x) {
+  const bool half = is_half(x.scalar_type());
+  TORCH_CHECK(t.scalar_type() == x.scalar_type() || (half && t.scalar_type() == at::kFloat),
+              "mixed dtype: expect ", name, " to have dtype ", x.scalar_type(),
+              half ? " or Float" : "", " for an input of ", x.scalar_type(), ", but got ",
               t.scalar_type());
 }
 
@@ -94,12 +107,8 @@ inline void check_pair(const char* name1, const std::optional<at::Tensor>& t1, c
                        const std::optional<at::Tensor>& t2, const at::Tensor& x) {
   const auto check = [&x](const char* name, const std::optional<at::Tensor>& t) {
     if (!t) return;
-    check_vector(name, *t, x);
-    const bool fits = t->scalar_type() == x.scalar_type() ||
-                      (is_half(x.scalar_type()) && t->scalar_type() == at::kFloat);
-    TORCH_CHECK(fits, "mixed dtype: expect ", name, " to have dtype ", x.scalar_type(),
-                is_half(x.scalar_type()) ? " or Float" : "", " for an input of ", x.scalar_type(),
-                ", but got ", t->scalar_type());
+    check_vector(name, *t, x.size(1), x);
+    check_parameter_dtype(name, *t, x);
   };
   check(name1, t1);
   check(name2, t2);

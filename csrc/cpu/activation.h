@@ -10,7 +10,7 @@ namespace resops::RESOPS_ISA {
 template <Activation kAct, class acc>
 inline Pack<acc> activate(Pack<acc> z, acc negative_slope) {
   if constexpr (kAct == Activation::relu) {
-    return select(passes(z), z, broadcast(acc(0)));
+    return relu(z);
   } else if constexpr (kAct == Activation::leaky_relu) {
     return select(passes(z), z, z * broadcast(negative_slope));
   } else if constexpr (kAct == Activation::silu) {

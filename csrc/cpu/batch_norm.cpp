@@ -31,7 +31,12 @@ using at::Tensor;
 constexpr int64_t kPieceRows = 128;
 constexpr int64_t kMaxPieces = 256;
 
-const BatchNormKernels& kernels() { return RESOPS_ACTIVE_KERNELS(batch_norm_kernels); }
+// Of a row of a channels-last tensor, at least.
+constexpr int64_t kRowElements = 256;
+
+const BatchNormKernels& kernels(const BatchNormArgs& args) {
+  return RESOPS_KERNELS_FOR(batch_norm_kernels, args.dtype);
+}
 
 // How a tensor is walked; see batch_norm_kernels.h.
 struct Walk {
@@ -42,7 +47,9 @@ struct Walk {
     count = x.size(0) * spatial;
     channels_last = channels == 1 || spatial == 1 || !layout.is_contiguous();
     if (channels_last) {
-      width = channels > 0 ? std::lcm(channels, int64_t{16}) : 16;
+      // Whole cache lines of every type, and long enough that a row costs nothing of its own.
+      width = std::lcm(std::max<int64_t>(channels, 1), int64_t{32});
+      while (width < kRowElements) width *= 2;
       rows = numel / width;
       tail = numel % width;
       mask_step = width / 8;
@@ -158,7 +165,7 @@ BatchNormArgs kernel_args(const Walk& walk, const Tensor& x, Activation activati
   BatchNormArgs args{};
   args.dtype = kernel_dtype(x);
   args.activation = activation;
-  args.negative_slope = negative_slope;
+  args.negative_slope = kernel_value<double>(negative_slope);
   args.channels_last = walk.channels_last;
   args.channels = walk.channels;
   args.width = walk.width;
@@ -194,7 +201,7 @@ class Parameters {
   template <class acc>
   void fill(acc* out, const std::vector<double>& values, int64_t size) {
     for (int64_t i = 0; i < size && walk_.channels > 0; i += walk_.channels) {
-      for (int64_t c = 0; c < walk_.channels; ++c) out[i + c] = static_cast<acc>(values[c]);
+      for (int64_t c = 0; c < walk_.channels; ++c) out[i + c] = kernel_value<acc>(values[c]);
     }
   }
   const Walk& walk_;
@@ -224,8 +231,8 @@ struct Statistics {
 Statistics compute_statistics(const Walk& walk, const Tensor& x) {
   Statistics out{std::vector<double>(walk.channels), std::vector<double>(walk.channels)};
   if (walk.numel == 0) return out;
-  const BatchNormKernels& k = kernels();
   const BatchNormArgs args = kernel_args(walk, x, Activation::identity, 0);
+  const BatchNormKernels& k = kernels(args);
   const Partials parts =
       reduce_pieces(walk, [&](BatchNormSpan span, int64_t c0, int64_t c1, double* mean,
                               double* m2) { k.statistics(args, span, c0, c1, mean, m2); });
@@ -286,7 +293,7 @@ std::tuple<Tensor, Tensor> run_apply(const Walk& walk, const Tensor& x,
   }
   args.y = y.mutable_data_ptr();
   args.streaming = can_stream(y, walk.whole_lines(x));
-  const BatchNormKernels& k = kernels();
+  const BatchNormKernels& k = kernels(args);
   for_spans_backwards(walk, args.streaming, [&](BatchNormSpan span, bool is_tail) {
     BatchNormArgs part = args;
     part.streaming = args.streaming && !is_tail;
@@ -327,7 +334,7 @@ struct GradSums {
 GradSums run_reduce(const Walk& walk, const BackwardCall& call) {
   GradSums out{std::vector<double>(walk.channels), std::vector<double>(walk.channels)};
   if (walk.numel == 0) return out;
-  const BatchNormKernels& k = kernels();
+  const BatchNormKernels& k = kernels(call.args);
   const Partials parts =
       reduce_pieces(walk, [&](BatchNormSpan span, int64_t c0, int64_t c1, double* a, double* b) {
         k.backward_reduce(call.args, span, c0, c1, a, b);
@@ -373,7 +380,7 @@ std::tuple<Tensor, Tensor> run_backward_apply(const Walk& walk, BackwardCall& ca
   args.grad_residual = need_grad_residual ? grad_residual.mutable_data_ptr() : nullptr;
   args.streaming = (!need_grad_x || can_stream(grad_x, walk.whole_lines(call.x))) &&
                    (!need_grad_residual || can_stream(grad_residual, walk.whole_lines(call.x)));
-  const BatchNormKernels& k = kernels();
+  const BatchNormKernels& k = kernels(args);
   for_spans_backwards(walk, args.streaming, [&](BatchNormSpan span, bool is_tail) {
     BatchNormArgs part = args;
     part.streaming = args.streaming && !is_tail;
@@ -512,7 +519,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
                     negative_slope);
   const auto [need_x, need_residual, need_weight, need_bias] = output_mask;
   GradSums sums{std::vector<double>(walk.channels), std::vector<double>(walk.channels)};
+  // Through a ReLU, grad_residual is grad_y or zero: for a large tensor the reduction writes it,
+  // and the second pass reads it in place of grad_y and mask. From memory, two tensors in and one
+  // out, twice, are quicker than two in, then two in and two out; from a cache they are not.
+  const bool written_early = need_x && need_residual && training && act == Activation::relu &&
+                             call.args.mask != nullptr &&
+                             static_cast<int64_t>(call.x.nbytes()) >= 4 * kStreamBytes;
+  Tensor early;
+  if (written_early) {
+    early = walk.layout.empty(call.x);
+    call.args.grad_residual = early.mutable_data_ptr();
+    call.args.streaming = walk.channels_last && can_stream(early, walk.whole_lines(early));
+  }
   if (need_weight || need_bias || (need_x && training)) sums = run_reduce(walk, call);
+  if (written_early) {
+    call.args.grad_y = call.args.grad_residual;
+    call.args.activation = Activation::identity;
+    call.args.has_residual = false;
+  }
   const std::vector<double> inverse = to_vector(invstd, walk.channels, 0);
   for (int64_t c = 0; c < walk.channels; ++c) sums.grad_centred[c] *= inverse[c];
 
@@ -522,8 +546,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     for (double sum : sums.grad) mean_grad.push_back(sum / m);
     for (double sum : sums.grad_centred) mean_grad_xhat.push_back(sum / m);
   }
-  auto [grad_x, grad_residual] = run_backward_apply(walk, call, invstd, weight, mean_grad,
-                                                    mean_grad_xhat, need_x, need_residual);
+  auto [grad_x, grad_residual] =
+      run_backward_apply(walk, call, invstd, weight, mean_grad, mean_grad_xhat, need_x,
+                         need_residual && !written_early);
+  if (written_early) grad_residual = early;
   const auto parameter_grad = [&](const OptionalTensor& parameter, bool needed,
                                   const std::vector<double>& values) {
     const auto dtype = parameter ? parameter->scalar_type() : statistic_dtype(x);

@@ -19,55 +19,30 @@
 namespace resops::RESOPS_ISA {
 namespace {
 
-constexpr int64_t kBlockVectors = 128;     // additions in the accumulation type before a merge
-constexpr int64_t kPrefetchBytes = 16384;  // how far ahead of a pass memory is asked for,
-constexpr int64_t kOwnBytes = 4096;        // and how far ahead cache lines that it will write
+constexpr int64_t kBlockVectors = 128;  // additions in the accumulation type before a merge
 
 // In channels-last, in rows: a merge takes as long for rows of fewer bytes.
 template <class T>
 constexpr int64_t kBlockRows = sizeof(T) == 2 ? 256 : 128;
 
-// Asks for `bytes` of memory around `p` to come to the second-level cache. The reductions walk
-// several rows at once, which the hardware's own prefetcher loses at 256 channels and more.
-template <class T>
-inline void prefetch(const T* p, int64_t bytes) {
-  const char* line = reinterpret_cast<const char*>(p);
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at, 0, 2);
-}
-
-// The same for the cache line at one vector of an elementwise pass.
-template <class T>
-inline void prefetch_line(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, 0, 2);
-}
-// For a line that is to be written: a store to a line that is not there waits for it. (Past the end
-// of a tensor this asks for memory of somebody else, which does no harm.)
-template <class T>
-inline void prefetch_written(T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kOwnBytes, 1, 3);
-}
-
-// The parameters of one row: vectors along it in channels-last, one value in contiguous.
-template <class acc>
+// A parameter along one row: vectors in channels-last, one value in contiguous.
+template <class acc, bool kChannelsLast>
 class RowParameter {
  public:
-  RowParameter(const void* values, bool channels_last)
-      : values_(static_cast<const acc*>(values)), step_(channels_last ? 1 : 0) {
-    for (acc& value : same_) value = 0;
-    at_ = channels_last && values_ ? values_ : same_;
-  }
+  explicit RowParameter(const void* values) : values_(static_cast<const acc*>(values)) {}
   void start_row(int64_t channel) {
-    if (step_ == 0 && values_) std::fill(same_, same_ + kLanes, values_[channel]);
+    if constexpr (!kChannelsLast) {
+      same_ = broadcast(values_ ? values_[channel] : acc(0));
+    }
   }
-  Pack<acc> operator[](int64_t column) const { return load(at_ + column * step_); }
-
-  RowParameter(const RowParameter&) = delete;
+  Pack<acc> operator[](int64_t column) const {
+    if constexpr (kChannelsLast) return load(values_ + column);
+    return same_;
+  }
 
  private:
   const acc* values_;
-  int64_t step_;
-  const acc* at_;
-  alignas(64) acc same_[kLanes];
+  Pack<acc> same_;
 };
 
 template <class acc>
@@ -76,86 +51,78 @@ inline Pack<acc> pre_activation(Pack<acc> centred, Pack<acc> scale, Pack<acc> bi
 }
 
 template <bool kStream, class T>
-inline void put(T* p, Pack<acc_t<T>> v, int64_t count) {
+inline void put(T* p, Line<T> v, int64_t count) {
   if constexpr (kStream) {
-    stream(p, v);
+    stream_line(p, v);
   } else {
-    store(p, v, count);
-  }
-}
-
-// Two vectors of 16-bit values: one cache line.
-template <bool kStream, class T>
-inline void put_pair(T* p, Pack<float> a, Pack<float> b) {
-  if constexpr (kStream) {
-    stream_pair(p, a, b);
-  } else {
-    store(p, a);
-    store(p + kLanes, b);
+    store_line(p, v, count);
   }
 }
 
 // ---- forward
 // --------------------------------------------------------------------------------------
 
-template <class T, Activation kAct, bool kResidual, bool kStream>
+template <class T, Activation kAct, bool kResidual, bool kStream, bool kChannelsLast>
 void apply_rows(const BatchNormArgs& a, BatchNormSpan span) {
   using acc = acc_t<T>;
   const acc slope = static_cast<acc>(a.negative_slope);
-  RowParameter<acc> mean(a.mean, a.channels_last), scale(a.scale, a.channels_last),
-      bias(a.bias, a.channels_last);
+  RowParameter<acc, kChannelsLast> mean(a.mean), scale(a.scale), bias(a.bias);
   for (int64_t row = span.row_begin; row < span.row_end; ++row) {
-    const int64_t channel = row % a.channels;
-    mean.start_row(channel);
-    scale.start_row(channel);
-    bias.start_row(channel);
+    if constexpr (!kChannelsLast) {
+      const int64_t channel = row % a.channels;
+      mean.start_row(channel);
+      scale.start_row(channel);
+      bias.start_row(channel);
+    }
     const T* x = static_cast<const T*>(a.x) + row * a.width;
     const T* residual = static_cast<const T*>(a.residual) + (kResidual ? row * a.width : 0);
     T* y = static_cast<T*>(a.y) + row * a.width;
     uint8_t* mask = a.mask_out + (kResidual && is_masked(kAct) ? row * a.mask_step : 0);
-    const auto value = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
-      Pack<acc> z = pre_activation(load(x + c, count) - mean[c], scale[c], bias[c]);
-      if constexpr (kResidual) {
-        z = z + load(residual + c, count);
-        if constexpr (is_masked(kAct)) store_mask_bits(mask + c / 8, to_bits(passes(z)), count);
-      }
-      return activate<kAct>(z, slope);
-    };
-    const auto prefetch_at = [&](int64_t c) __attribute__((always_inline)) {
-      prefetch_line(x + c);
-      if constexpr (kResidual) prefetch_line(residual + c);
-      if constexpr (!kStream) prefetch_written(y + c);
-    };
-    int64_t c = span.begin;
-    if constexpr (sizeof(T) == 2) {
-      for (; c + 2 * kLanes <= span.end; c += 2 * kLanes) {
-        prefetch_at(c);
-        const Pack<acc> first = value(c, kLanes), second = value(c + kLanes, kLanes);
-        put_pair<kStream>(y + c, first, second);
-      }
-    }
-    for (; c + kLanes <= span.end; c += kLanes) {
-      prefetch_at(c);
-      put<kStream>(y + c, value(c, kLanes), kLanes);
-    }
-    if constexpr (!kStream) {
-      if (c < span.end) store(y + c, value(c, span.end - c), span.end - c);
-    }
+    for_lines<T>(
+        span.begin, span.end, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+          prefetch_line<kResidual ? 2 : 1>(x + c);
+          if constexpr (kResidual) prefetch_line<2>(residual + c);
+          if constexpr (!kStream) prefetch_written(y + c);
+          const Line<T> xs = load_line(x + c, count);
+          Line<T> residuals, out{};
+          if constexpr (kResidual) residuals = load_line(residual + c, count);
+          for_packs<T>(c, count,
+                       [&](int i, int64_t at, int64_t left) __attribute__((always_inline)) {
+                         Pack<acc> z = pre_activation(xs.pack[i] - mean[at], scale[at], bias[at]);
+                         if constexpr (kResidual) {
+                           z = z + residuals.pack[i];
+                           if constexpr (is_masked(kAct))
+                             store_mask_bits(mask + at / 8, to_bits(passes(z)), left);
+                         }
+                         out.pack[i] = activate<kAct>(z, slope);
+                       });
+          put<kStream>(y + c, out, count);
+        });
   }
   if constexpr (kStream) stream_fence();
+}
+
+// Calls f(Constant<kChannelsLast>, Constant<kStream>). Nothing is streamed where memory is not what
+// a pass waits for.
+template <class T, Activation kAct, class F>
+void dispatch_walk(const BatchNormArgs& a, F f) {
+  dispatch_bool(a.channels_last, [&](auto channels_last) {
+    if constexpr (!kCanStream || std::is_same_v<T, double> || is_smooth(kAct)) {
+      f(channels_last, Constant<false>{});
+    } else {
+      dispatch_bool(a.streaming, [&](auto streams) { f(channels_last, streams); });
+    }
+  });
 }
 
 void apply(const BatchNormArgs& a, BatchNormSpan span) {
   dispatch_dtype(a.dtype, [&]<class T>(T) {
     dispatch_activation(a.activation, [&]<Activation kAct>(Constant<kAct>) {
       dispatch_bool(a.has_residual, [&]<bool kResidual>(Constant<kResidual>) {
-        if constexpr (std::is_same_v<T, double>) {
-          apply_rows<T, kAct, kResidual, false>(a, span);
-        } else {
-          dispatch_bool(a.streaming, [&]<bool kStream>(Constant<kStream>) {
-            apply_rows<T, kAct, kResidual, kStream>(a, span);
-          });
-        }
+        dispatch_walk<T, kAct>(a,
+                               [&]<bool kLast, bool kStream>(Constant<kLast>, Constant<kStream>) {
+                                 apply_rows<T, kAct, kResidual, kStream, kLast>(a, span);
+                               });
       });
     });
   });
@@ -262,21 +229,29 @@ void sum_block(const T* x, int64_t width, int64_t begin, int64_t end, ShiftedSum
   int64_t row = begin;
   for (; row + kRows <= end; row += kRows) {
     const T* p = x + row * width;
-    for (int64_t c = 0; c < width; c += kLanes) {
-      prefetch(p + ahead + c * kRows, kRows * kLanes * sizeof(T));
-      const Pack<acc> k = load(shift + c);
-      Pack<acc> s0 = load(sum + c), q0 = load(square + c);
-      Pack<acc> s1 = broadcast(acc(0)), q1 = s1;
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; i += 2) {
-        const Pack<acc> d0 = load(p + i * width + c) - k, d1 = load(p + (i + 1) * width + c) - k;
-        s0 = s0 + d0;
-        q0 = fma(d0, d0, q0);
-        s1 = s1 + d1;
-        q1 = fma(d1, d1, q1);
+    for (int64_t c = 0; c < width; c += kLine<T>) {
+      prefetch(p + ahead + c * kRows, kRows * kLine<T> * sizeof(T));
+      Pack<acc> s[2][kPacks<T>], q[2][kPacks<T>], k[kPacks<T>];
+      for_packs<T>(c, kLine<T>, [&](int i, int64_t at, int64_t) {
+        k[i] = load(shift + at);
+        s[0][i] = load(sum + at);
+        q[0][i] = load(square + at);
+        s[1][i] = q[1][i] = broadcast(acc(0));
+      });
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Line<T> xs = load_line(p + r * width + c);
+#pragma GCC unroll 2
+        for (int i = 0; i < kPacks<T>; ++i) {
+          const Pack<acc> d = xs.pack[i] - k[i];
+          s[r % 2][i] = s[r % 2][i] + d;
+          q[r % 2][i] = fma(d, d, q[r % 2][i]);
+        }
       }
-      store(sum + c, s0 + s1);
-      store(square + c, q0 + q1);
+      for_packs<T>(c, kLine<T>, [&](int i, int64_t at, int64_t) {
+        store(sum + at, s[0][i] + s[1][i]);
+        store(square + at, q[0][i] + q[1][i]);
+      });
     }
   }
   for (; row < end; ++row) {
@@ -428,24 +403,26 @@ void merge(int64_t width, double count_a, double* mean_a, double* m2_a, double c
 // ---- backward
 // -------------------------------------------------------------------------------------
 
-// What the backward passes read of one row, and the gradient before the activation at one vector.
-template <class T, Activation kAct, bool kResidual>
+// What the backward passes read of one row, and the gradient before the activation at one pack.
+template <class T, Activation kAct, bool kResidual, bool kChannelsLast>
 struct GradRow {
   using acc = acc_t<T>;
   static constexpr bool kNeedsZ = kAct != Activation::identity && !(kResidual && is_masked(kAct));
 
-  GradRow(const BatchNormArgs& args)
+  explicit GradRow(const BatchNormArgs& args)
       : a(args),
         slope(static_cast<acc>(args.negative_slope)),
-        mean(args.mean, args.channels_last),
-        scale(args.scale, args.channels_last),
-        bias(args.bias, args.channels_last) {}
+        mean(args.mean),
+        scale(args.scale),
+        bias(args.bias) {}
 
   void start_row(int64_t row) {
-    const int64_t channel = row % a.channels;
-    mean.start_row(channel);
-    scale.start_row(channel);
-    bias.start_row(channel);
+    if constexpr (!kChannelsLast) {
+      const int64_t channel = row % a.channels;
+      mean.start_row(channel);
+      scale.start_row(channel);
+      bias.start_row(channel);
+    }
     grad_y = static_cast<const T*>(a.grad_y) + row * a.width;
     x = static_cast<const T*>(a.x) + row * a.width;
     if constexpr (kResidual && is_masked(kAct)) mask = a.mask + row * a.mask_step;
@@ -454,17 +431,15 @@ struct GradRow {
     }
   }
 
-  // `rows` rows below the current one, at column c.
-  inline __attribute__((always_inline)) Pack<acc> grad(Pack<acc> centred, int64_t c, int64_t count,
-                                                       int64_t rows = 0) const {
-    const int64_t at = rows * a.width + c;
-    const Pack<acc> g = load(grad_y + at, count);
+  // From the pack `g` of grad_y, `rows` rows below the current one, at column c.
+  inline __attribute__((always_inline)) Pack<acc> grad(Pack<acc> g, Pack<acc> centred, int64_t c,
+                                                       int64_t count, int64_t rows = 0) const {
     if constexpr (kResidual && is_masked(kAct)) {
       const uint16_t bits = load_mask_bits(mask + rows * a.mask_step + c / 8, count);
       return masked_grad<kAct>(g, from_bits<acc>(bits), slope);
     } else if constexpr (kNeedsZ) {
       Pack<acc> z = pre_activation(centred, scale[c], bias[c]);
-      if constexpr (kResidual) z = z + load(residual + at, count);
+      if constexpr (kResidual) z = z + load(residual + rows * a.width + c, count);
       return activation_grad<kAct>(g, z, slope);
     } else {
       return g;
@@ -473,14 +448,15 @@ struct GradRow {
 
   const BatchNormArgs& a;
   acc slope;
-  RowParameter<acc> mean, scale, bias;
+  RowParameter<acc, kChannelsLast> mean, scale, bias;
   const T* grad_y = nullptr;
   const T* x = nullptr;
   const T* residual = nullptr;
   const uint8_t* mask = nullptr;
 };
 
-template <class T, Activation kAct, bool kResidual>
+// With kWrite they also store the gradient before the activation, which is grad_residual.
+template <class T, Activation kAct, bool kResidual, bool kWrite>
 void reduce_channels_last(const BatchNormArgs& a, BatchNormSpan span, double* sum_grad,
                           double* sum_grad_centred) {
   using acc = acc_t<T>;
@@ -490,42 +466,60 @@ void reduce_channels_last(const BatchNormArgs& a, BatchNormSpan span, double* su
   acc* const product = sum + width;
   std::fill(sum_grad, sum_grad + width, 0.0);
   std::fill(sum_grad_centred, sum_grad_centred + width, 0.0);
-  GradRow<T, kAct, kResidual> row_of(a);
+  GradRow<T, kAct, kResidual, true> row_of(a);
   constexpr int kRows = 4;
   const int64_t ahead = std::max<int64_t>(kPrefetchBytes / (width * sizeof(T)), kRows) * width;
+  T* const grad_residual = static_cast<T*>(a.grad_residual);
   for (int64_t begin = span.row_begin; begin < span.row_end; begin += kBlockRows<T>) {
     const int64_t end = std::min(begin + kBlockRows<T>, span.row_end);
     int64_t row = begin;
-    for (; row + kRows <= end && span.end == width; row += kRows) {
-      row_of.start_row(row);
-      const T* x = row_of.x;
-      for (int64_t c = 0; c < width; c += kLanes) {
-        prefetch(x + ahead + c * kRows, kRows * kLanes * sizeof(T));
-        prefetch(row_of.grad_y + ahead + c * kRows, kRows * kLanes * sizeof(T));
-        const Pack<acc> mean = row_of.mean[c];
-        Pack<acc> s = load(sum + c), q = load(product + c);
+    // Adds `rows` rows, from the current one on, at the line of column c.
+    const auto add = [&](int64_t c, int64_t count, auto rows) __attribute__((always_inline)) {
+      constexpr int kCount = rows.value;
+      Line<T> xs[kCount], gs[kCount], before[kCount]{};
 #pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i) {
-          const Pack<acc> centred = load(x + i * width + c) - mean;
-          const Pack<acc> g = row_of.grad(centred, c, kLanes, i);
+      for (int r = 0; r < kCount; ++r) {
+        xs[r] = load_line(row_of.x + r * width + c, count);
+        gs[r] = load_line(row_of.grad_y + r * width + c, count);
+      }
+      for_packs<T>(c, count, [&](int i, int64_t at, int64_t left) __attribute__((always_inline)) {
+        const Pack<acc> mean = row_of.mean[at];
+        Pack<acc> s = load(sum + at), q = load(product + at);
+#pragma GCC unroll 4
+        for (int r = 0; r < kCount; ++r) {
+          const Pack<acc> centred = xs[r].pack[i] - mean;
+          const Pack<acc> g = row_of.grad(gs[r].pack[i], centred, at, left, r);
+          if constexpr (kWrite) before[r].pack[i] = g;
           s = s + g;
           q = fma(g, centred, q);
         }
-        store(sum + c, s);
-        store(product + c, q);
+        store(sum + at, s);
+        store(product + at, q);
+      });
+      if constexpr (kWrite) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kCount; ++r) {
+          T* const out = grad_residual + (row + r) * width + c;
+          if (a.streaming && count == kLine<T>) {
+            stream_line(out, before[r]);
+          } else {
+            store_line(out, before[r], count);
+          }
+        }
+      }
+    };
+    for (; row + kRows <= end && span.end == width; row += kRows) {
+      row_of.start_row(row);
+      for (int64_t c = 0; c < width; c += kLine<T>) {
+        prefetch(row_of.x + ahead + c * kRows, kRows * kLine<T> * sizeof(T));
+        prefetch(row_of.grad_y + ahead + c * kRows, kRows * kLine<T> * sizeof(T));
+        add(c, kLine<T>, Constant<kRows>{});
       }
     }
     for (; row < end; ++row) {
       row_of.start_row(row);
-      const auto at = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
-        const Pack<acc> centred = load(row_of.x + c, count) - row_of.mean[c];
-        const Pack<acc> g = row_of.grad(centred, c, count);
-        store(sum + c, load(sum + c) + g);
-        store(product + c, fma(g, centred, load(product + c)));
-      };
-      int64_t c = span.begin;
-      for (; c + kLanes <= span.end; c += kLanes) at(c, kLanes);
-      if (c < span.end) at(c, span.end - c);
+      for_lines<T>(span.begin, span.end,
+                   [&](int64_t c, int64_t count) { add(c, count, Constant<1>{}); });
     }
     for (int64_t c = 0; c < width; ++c) {
       sum_grad[c] += static_cast<double>(sum[c]);
@@ -533,19 +527,22 @@ void reduce_channels_last(const BatchNormArgs& a, BatchNormSpan span, double* su
       sum[c] = product[c] = 0;
     }
   }
+  if (kWrite && a.streaming) stream_fence();
 }
 
-template <class T, Activation kAct, bool kResidual>
+template <class T, Activation kAct, bool kResidual, bool kWrite>
 void reduce_contiguous(const BatchNormArgs& a, BatchNormSpan span, int64_t channel_begin,
                        int64_t channel_end, double* sum_grad, double* sum_grad_centred) {
   using acc = acc_t<T>;
   const int64_t channels = channel_end - channel_begin;
   std::fill(sum_grad, sum_grad + channels, 0.0);
   std::fill(sum_grad_centred, sum_grad_centred + channels, 0.0);
-  GradRow<T, kAct, kResidual> row_of(a);
+  GradRow<T, kAct, kResidual, false> row_of(a);
   for (int64_t n = span.row_begin; n < span.row_end; ++n) {
     for (int64_t i = 0; i < channels; ++i) {
       row_of.start_row(n * a.channels + channel_begin + i);
+      const int64_t plane = (n * a.channels + channel_begin + i) * a.width;
+      T* const grad_residual = static_cast<T*>(a.grad_residual) + (kWrite ? plane : 0);
       const Pack<acc> mean = row_of.mean[0];
       Pack<acc> s = broadcast(acc(0)), q = s;
       int64_t pending = 0;
@@ -559,7 +556,8 @@ void reduce_contiguous(const BatchNormArgs& a, BatchNormSpan span, int64_t chann
           span.begin, span.end, pending,
           [&](int64_t c, int64_t count) __attribute__((always_inline)) {
             const Pack<acc> centred = load(row_of.x + c, count) - mean;
-            const Pack<acc> g = row_of.grad(centred, c, count);
+            const Pack<acc> g = row_of.grad(load(row_of.grad_y + c, count), centred, c, count);
+            if constexpr (kWrite) store(grad_residual + c, g, count);
             s = s + g;
             q = fma(g, centred, q);
           },
@@ -574,69 +572,62 @@ void backward_reduce(const BatchNormArgs& a, BatchNormSpan span, int64_t channel
   dispatch_dtype(a.dtype, [&]<class T>(T) {
     dispatch_activation(a.activation, [&]<Activation kAct>(Constant<kAct>) {
       dispatch_bool(a.has_residual, [&]<bool kResidual>(Constant<kResidual>) {
-        if (a.channels_last) {
-          reduce_channels_last<T, kAct, kResidual>(a, span, sum_grad, sum_grad_centred);
+        const auto reduce = [&]<bool kWrite>(Constant<kWrite>) {
+          if (a.channels_last) {
+            reduce_channels_last<T, kAct, kResidual, kWrite>(a, span, sum_grad, sum_grad_centred);
+          } else {
+            reduce_contiguous<T, kAct, kResidual, kWrite>(a, span, channel_begin, channel_end,
+                                                          sum_grad, sum_grad_centred);
+          }
+        };
+        // Of what can stand before the activation, only this loses nothing in the type of grad_y.
+        if constexpr (kAct == Activation::relu && kResidual) {
+          dispatch_bool(a.grad_residual != nullptr, reduce);
         } else {
-          reduce_contiguous<T, kAct, kResidual>(a, span, channel_begin, channel_end, sum_grad,
-                                                sum_grad_centred);
+          reduce(Constant<false>{});
         }
       });
     });
   });
 }
 
-template <class T, Activation kAct, bool kResidual, bool kStream>
+template <class T, Activation kAct, bool kResidual, bool kStream, bool kChannelsLast>
 void backward_apply_rows(const BatchNormArgs& a, BatchNormSpan span) {
   using acc = acc_t<T>;
-  GradRow<T, kAct, kResidual> row_of(a);
-  RowParameter<acc> grad_slope(a.grad_slope, a.channels_last),
-      grad_offset(a.grad_offset, a.channels_last);
+  GradRow<T, kAct, kResidual, kChannelsLast> row_of(a);
+  RowParameter<acc, kChannelsLast> grad_slope(a.grad_slope), grad_offset(a.grad_offset);
   const bool frozen = a.grad_slope == nullptr;
   for (int64_t row = span.row_begin; row < span.row_end; ++row) {
     row_of.start_row(row);
-    grad_slope.start_row(row % a.channels);
-    grad_offset.start_row(row % a.channels);
+    if constexpr (!kChannelsLast) {
+      grad_slope.start_row(row % a.channels);
+      grad_offset.start_row(row % a.channels);
+    }
     T* grad_x = static_cast<T*>(a.grad_x) + (a.grad_x ? row * a.width : 0);
     T* grad_residual = static_cast<T*>(a.grad_residual) + (a.grad_residual ? row * a.width : 0);
-    struct Grads {
-      Pack<acc> x, residual;
-    };
-    const auto value = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
-      const Pack<acc> centred = load(row_of.x + c, count) - row_of.mean[c];
-      const Pack<acc> g = row_of.grad(centred, c, count);
-      Pack<acc> out = g * row_of.scale[c];
-      if (!frozen) out = out + fma(centred, grad_slope[c], grad_offset[c]);
-      return Grads{out, g};
-    };
-    const auto prefetch_at = [&](int64_t c) __attribute__((always_inline)) {
-      prefetch_line(row_of.x + c);
-      prefetch_line(row_of.grad_y + c);
-      if constexpr (!kStream) {
-        if (grad_x) prefetch_written(grad_x + c);
-        if (grad_residual) prefetch_written(grad_residual + c);
-      }
-    };
-    int64_t c = span.begin;
-    if constexpr (sizeof(T) == 2) {
-      for (; c + 2 * kLanes <= span.end; c += 2 * kLanes) {
-        prefetch_at(c);
-        const Grads first = value(c, kLanes), second = value(c + kLanes, kLanes);
-        if (grad_residual) put_pair<kStream>(grad_residual + c, first.residual, second.residual);
-        if (grad_x) put_pair<kStream>(grad_x + c, first.x, second.x);
-      }
-    }
-    const auto at = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
-      const Grads grads = value(c, count);
-      if (grad_residual) put<kStream>(grad_residual + c, grads.residual, count);
-      if (grad_x) put<kStream>(grad_x + c, grads.x, count);
-    };
-    for (; c + kLanes <= span.end; c += kLanes) {
-      prefetch_at(c);
-      at(c, kLanes);
-    }
-    if constexpr (!kStream) {
-      if (c < span.end) at(c, span.end - c);
-    }
+    for_lines<T>(
+        span.begin, span.end, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+          prefetch_line<2>(row_of.x + c);
+          prefetch_line<2>(row_of.grad_y + c);
+          if constexpr (!kStream) {
+            if (grad_x) prefetch_written(grad_x + c);
+            if (grad_residual) prefetch_written(grad_residual + c);
+          }
+          const Line<T> xs = load_line(row_of.x + c, count),
+                        gs = load_line(row_of.grad_y + c, count);
+          Line<T> before{}, out{};  // gradients before the activation, and of x
+          for_packs<T>(
+              c, count, [&](int i, int64_t at, int64_t left) __attribute__((always_inline)) {
+                const Pack<acc> centred = xs.pack[i] - row_of.mean[at];
+                const Pack<acc> g = row_of.grad(gs.pack[i], centred, at, left);
+                before.pack[i] = g;
+                out.pack[i] = g * row_of.scale[at];
+                if (!frozen)
+                  out.pack[i] = out.pack[i] + fma(centred, grad_slope[at], grad_offset[at]);
+              });
+          if (grad_residual) put<kStream>(grad_residual + c, before, count);
+          if (grad_x) put<kStream>(grad_x + c, out, count);
+        });
   }
   if constexpr (kStream) stream_fence();
 }
@@ -645,13 +636,10 @@ void backward_apply(const BatchNormArgs& a, BatchNormSpan span) {
   dispatch_dtype(a.dtype, [&]<class T>(T) {
     dispatch_activation(a.activation, [&]<Activation kAct>(Constant<kAct>) {
       dispatch_bool(a.has_residual, [&]<bool kResidual>(Constant<kResidual>) {
-        if constexpr (std::is_same_v<T, double>) {
-          backward_apply_rows<T, kAct, kResidual, false>(a, span);
-        } else {
-          dispatch_bool(a.streaming, [&]<bool kStream>(Constant<kStream>) {
-            backward_apply_rows<T, kAct, kResidual, kStream>(a, span);
-          });
-        }
+        dispatch_walk<T, kAct>(a,
+                               [&]<bool kLast, bool kStream>(Constant<kLast>, Constant<kStream>) {
+                                 backward_apply_rows<T, kAct, kResidual, kStream, kLast>(a, span);
+                               });
       });
     });
   });

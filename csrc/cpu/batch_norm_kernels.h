@@ -1,7 +1,7 @@
 // Interface between the batch_norm driver and its kernels, one table per instruction set.
 //
 // A dense tensor (N, C, *spatial) is walked as rows:
-//   channels-last: rows of `width` = lcm(C, 16) elements, so that every row is whole vectors and
+//   channels-last: rows of `width` elements, a multiple of C and of a cache line, so that every row
 //     starts with channel 0; parameters are repeated `width / C` times. What is left over is one
 //     shorter last row.
 //   contiguous: one row per plane (n, c), of S elements, all of one channel.
@@ -34,7 +34,7 @@ struct BatchNormArgs {
   void* y;               // forward
   uint8_t* mask_out;     // forward, with a residual
   void* grad_x;          // backward_apply, or null
-  void* grad_residual;   // backward_apply, or null
+  void* grad_residual;   // backward_apply; backward_reduce with a residual through relu; or null
   const void* mean;      // acc; `width` values in channels-last, C in contiguous; so are the next
   const void* scale;     // weight * invstd
   const void* bias;
@@ -42,7 +42,7 @@ struct BatchNormArgs {
   const void* grad_offset;  // null for frozen statistics: scale * g, whatever x is
 };
 
-// Rows [row_begin, row_end), elements [begin, end) of each; begin is a multiple of 16.
+// Rows [row_begin, row_end), elements [begin, end) of each; begin is a multiple of 32.
 struct BatchNormSpan {
   int64_t row_begin, row_end, begin, end;
 };
@@ -74,6 +74,9 @@ namespace avx2 {
 extern const BatchNormKernels batch_norm_kernels;
 }
 namespace avx512 {
+extern const BatchNormKernels batch_norm_kernels;
+}
+namespace avx512_bf16 {
 extern const BatchNormKernels batch_norm_kernels;
 }
 #endif

@@ -13,6 +13,8 @@ namespace resops {
 namespace {
 
 constexpr int kUnset = -1;
+constexpr CpuCapability kKnown[] = {CpuCapability::portable, CpuCapability::avx2,
+                                    CpuCapability::avx512, CpuCapability::avx512_bf16};
 std::atomic<int> active{kUnset};
 
 #ifdef RESOPS_HAVE_X86_ISA
@@ -31,8 +33,9 @@ CpuCapability detect() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
   if (avx2 && avx512) {
-    return CpuCapability::avx512;
+    return bf16 ? CpuCapability::avx512_bf16 : CpuCapability::avx512;
   }
   if (avx2) {
     return CpuCapability::avx2;
@@ -42,14 +45,14 @@ CpuCapability detect() {
 }
 
 CpuCapability parse(const std::string& text, const std::string& source) {
-  for (CpuCapability known :
-       {CpuCapability::portable, CpuCapability::avx2, CpuCapability::avx512}) {
+  std::string names;
+  for (CpuCapability known : kKnown) {
     if (text == name(known)) {
       return known;
     }
+    names += (names.empty() ? "" : ", ") + std::string(name(known));
   }
-  throw std::invalid_argument(source + " must be one of portable, avx2, avx512, but got '" + text +
-                              "'");
+  throw std::invalid_argument(source + " must be one of " + names + ", but got '" + text + "'");
 }
 
 CpuCapability initial() {
@@ -66,6 +69,8 @@ CpuCapability initial() {
 
 const char* name(CpuCapability capability) {
   switch (capability) {
+    case CpuCapability::avx512_bf16:
+      return "avx512_bf16";
     case CpuCapability::avx512:
       return "avx512";
     case CpuCapability::avx2:
@@ -91,8 +96,7 @@ CpuCapability cpu_capability() {
 std::vector<CpuCapability> cpu_capabilities() {
   const CpuCapability best = detect();
   std::vector<CpuCapability> found;
-  for (CpuCapability known :
-       {CpuCapability::portable, CpuCapability::avx2, CpuCapability::avx512}) {
+  for (CpuCapability known : kKnown) {
     if (known <= best) {
       found.push_back(known);
     }

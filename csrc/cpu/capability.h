@@ -11,7 +11,7 @@
 namespace resops {
 
 // In rising order: each one can run everything that is below it.
-enum class CpuCapability { portable = 0, avx2 = 1, avx512 = 2 };
+enum class CpuCapability { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 // The capability that kernels use now: the best one that this processor has and this build holds,
 // capped by the environment variable RESOPS_CPU_CAPABILITY, or what set_cpu_capability chose.

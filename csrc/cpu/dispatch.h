@@ -8,10 +8,15 @@
 namespace resops::RESOPS_ISA {
 
 template <auto kValue>
-struct Constant {};
+struct Constant {
+  static constexpr auto value = kValue;
+};
 
 template <class F>
-inline void dispatch_dtype(DType dtype, F f) {
+inline void dispatch_dtype([[maybe_unused]] DType dtype, F f) {
+#if defined(__AVX512BF16__)  // compiled for bfloat16 alone
+  f(BFloat16{});
+#else
   switch (dtype) {
     case DType::f32:
       return f(float{});
@@ -22,6 +27,7 @@ inline void dispatch_dtype(DType dtype, F f) {
     case DType::f64:
       return f(double{});
   }
+#endif
 }
 
 template <class F>

@@ -5,7 +5,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -22,6 +24,7 @@ const Kernels& active_kernels([[maybe_unused]] const Kernels& portable,
                               [[maybe_unused]] const Kernels& avx2,
                               [[maybe_unused]] const Kernels& avx512) {
   switch (cpu_capability()) {
+    case CpuCapability::avx512_bf16:
     case CpuCapability::avx512:
       return avx512;
     case CpuCapability::avx2:
@@ -32,15 +35,29 @@ const Kernels& active_kernels([[maybe_unused]] const Kernels& portable,
 }
 
 // The table `name` that <op>_kernels.h declares in the namespace of every instruction set.
+// RESOPS_KERNELS_FOR(name, dtype): the same of kernels that are compiled for avx512_bf16 as well,
+// for bfloat16 alone.
 #ifdef RESOPS_HAVE_X86_ISA
 #define RESOPS_ACTIVE_KERNELS(name) \
   ::resops::active_kernels(portable::name, avx2::name, avx512::name)
+#define RESOPS_KERNELS_FOR(name, dtype)                                                         \
+  ((dtype) == DType::bf16 && ::resops::cpu_capability() == ::resops::CpuCapability::avx512_bf16 \
+       ? avx512_bf16::name                                                                      \
+       : RESOPS_ACTIVE_KERNELS(name))
 #else
 #define RESOPS_ACTIVE_KERNELS(name) \
   ::resops::active_kernels(portable::name, portable::name, portable::name)
+#define RESOPS_KERNELS_FOR(name, dtype) RESOPS_ACTIVE_KERNELS(name)
 #endif
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A parameter as kernels take it. A NaN becomes the usual one, whatever bits it had: rounding to
+// bfloat16 relies on that (to_half_line in simd.h).
+template <class acc>
+inline acc kernel_value(double value) {
+  return std::isnan(value) ? std::numeric_limits<acc>::quiet_NaN() : static_cast<acc>(value);
+}
 
 // Whether kernels may write `out` past the caches; every row of it must start on a whole vector.
 inline bool can_stream(const at::Tensor& out, bool whole_rows) {

@@ -31,6 +31,7 @@ struct Weight {
       dense = layout.dense(*t);
     } else {
       values = t ? to_vector(*t) : std::vector<double>{value};
+      for (double& v : values) v = kernel_value<double>(v);
     }
   }
   int64_t step() const { return kind == WeightKind::per_sample ? 1 : 0; }
@@ -76,7 +77,7 @@ struct Walk {
     width = one_row ? x.numel() : length;
     mask_step = ceil_div(width, 8);
     parts = ceil_div(width, kPieceElements);
-    part = ceil_div(ceil_div(width, std::max<int64_t>(parts, 1)), 16) * 16;
+    part = ceil_div(ceil_div(width, std::max<int64_t>(parts, 1)), 32) * 32;
     rows_per = parts == 1 ? std::max<int64_t>(kPieceElements / width, 1) : 1;
   }
 
@@ -92,7 +93,7 @@ struct Walk {
       }
     });
   }
-  bool whole_rows() const { return rows == 1 || width % 16 == 0; }
+  bool whole_rows() const { return rows == 1 || width % 32 == 0; }
 
   int64_t rows, width, mask_step;
   int64_t parts, part;  // of a row, where it is longer than a piece
@@ -104,7 +105,7 @@ ResidualAddArgs kernel_args(const Walk& walk, const Tensor& x, const WeightPair&
   ResidualAddArgs args{};
   args.dtype = kernel_dtype(x);
   args.activation = activation;
-  args.negative_slope = negative_slope;
+  args.negative_slope = kernel_value<double>(negative_slope);
   args.loaded = weights.loaded();
   args.complement = weights.complement;
   args.width = walk.width;
@@ -145,7 +146,7 @@ std::tuple<Tensor, Tensor> residual_add_forward(const Tensor& x, const Tensor& r
   args.y = y.mutable_data_ptr();
   if (masked) args.mask_out = mask.mutable_data_ptr<uint8_t>();
   args.streaming = can_stream(y, walk.whole_rows());
-  const ResidualAddKernels& kernels = RESOPS_ACTIVE_KERNELS(residual_add_kernels);
+  const ResidualAddKernels& kernels = RESOPS_KERNELS_FOR(residual_add_kernels, args.dtype);
   walk.for_pieces([&](ResidualAddSpan span, int64_t) { kernels.forward(args, span); });
   return {y, mask};
 }
@@ -233,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_add_backward(
       const bool written = out.defined() && out.sizes() == grad_y.sizes();
       if (written) args.streaming = args.streaming && can_stream(out, walk.whole_rows());
     }
-    const ResidualAddKernels& kernels = RESOPS_ACTIVE_KERNELS(residual_add_kernels);
+    const ResidualAddKernels& kernels = RESOPS_KERNELS_FOR(residual_add_kernels, args.dtype);
     walk.for_pieces([&](ResidualAddSpan span, int64_t slot) {
       kernels.backward(args, span, grad_alpha.at(slot), grad_beta.at(slot));
     });

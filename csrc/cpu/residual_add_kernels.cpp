@@ -17,12 +17,11 @@ namespace {
 constexpr int64_t kBlock = 128 * kLanes;  // elements summed in the accumulation type
 
 template <class T>
-inline __attribute__((always_inline)) void put(T* p, Pack<acc_t<T>> v, int64_t count,
-                                               bool streaming) {
-  if (streaming && count == kLanes) {
-    stream(p, v);
+inline __attribute__((always_inline)) void put(T* p, Line<T> v, int64_t count, bool streaming) {
+  if (streaming && count == kLine<T>) {
+    stream_line(p, v);
   } else {
-    store(p, v, count);
+    store_line(p, v, count);
   }
 }
 
@@ -97,7 +96,7 @@ void dispatch(const ResidualAddArgs& a, F f) {
 // ---- forward ------------------------------------------------------------------------------
 
 template <class T, Activation kAct, Loaded kLoaded>
-__attribute__((flatten)) void forward_rows(const ResidualAddArgs& a, ResidualAddSpan span) {
+void forward_rows(const ResidualAddArgs& a, ResidualAddSpan span) {
   using acc = acc_t<T>;
   const acc slope = static_cast<acc>(a.negative_slope);
   const bool streaming = a.streaming;
@@ -108,15 +107,24 @@ __attribute__((flatten)) void forward_rows(const ResidualAddArgs& a, ResidualAdd
     const T* residual = static_cast<const T*>(a.residual) + row * a.width;
     T* y = static_cast<T*>(a.y) + row * a.width;
     uint8_t* mask = row_of(a.mask_out, row * a.mask_step);
-    const auto at = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
-      const Pack<acc> alpha = weights.alpha(c, count), beta = weights.beta(alpha, c, count);
-      const Pack<acc> z = fma(alpha, load(x + c, count), beta * load(residual + c, count));
-      if constexpr (is_masked(kAct)) store_mask_bits(mask + c / 8, to_bits(passes(z)), count);
-      put(y + c, activate<kAct>(z, slope), count, streaming);
-    };
-    int64_t c = span.begin;
-    for (; c + kLanes <= span.end; c += kLanes) at(c, kLanes);
-    if (c < span.end) at(c, span.end - c);
+    for_lines<T>(
+        span.begin, span.end, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+          prefetch_line<2>(x + c);
+          prefetch_line<2>(residual + c);
+          if (!streaming) prefetch_written(y + c);
+          const Line<T> xs = load_line(x + c, count), rs = load_line(residual + c, count);
+          Line<T> out{};
+          for_packs<T>(c, count,
+                       [&](int i, int64_t at, int64_t left) __attribute__((always_inline)) {
+                         const Pack<acc> alpha = weights.alpha(at, left),
+                                         beta = weights.beta(alpha, at, left);
+                         const Pack<acc> z = fma(alpha, xs.pack[i], beta * rs.pack[i]);
+                         if constexpr (is_masked(kAct))
+                           store_mask_bits(mask + at / 8, to_bits(passes(z)), left);
+                         out.pack[i] = activate<kAct>(z, slope);
+                       });
+          put(y + c, out, count, streaming);
+        });
   }
   if (streaming) stream_fence();
 }
@@ -130,8 +138,8 @@ void forward(const ResidualAddArgs& a, ResidualAddSpan span) {
 // ---- backward -----------------------------------------------------------------------------
 
 template <class T, Activation kAct, Loaded kLoaded>
-__attribute__((flatten)) void backward_rows(const ResidualAddArgs& a, ResidualAddSpan span,
-                                            double* sum_alpha, double* sum_beta) {
+void backward_rows(const ResidualAddArgs& a, ResidualAddSpan span, double* sum_alpha,
+                   double* sum_beta) {
   using acc = acc_t<T>;
   using W = Weights<T, kLoaded>;
   const acc slope = static_cast<acc>(a.negative_slope);
@@ -150,39 +158,54 @@ __attribute__((flatten)) void backward_rows(const ResidualAddArgs& a, ResidualAd
     T* grad_alpha = row_of(static_cast<T*>(a.grad_alpha), offset);
     T* grad_beta = row_of(static_cast<T*>(a.grad_beta), offset);
     Pack<acc> block_alpha = zero, block_beta = zero;
-    const auto at = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
-      const Pack<acc> alpha = weights.alpha(c, count), beta = weights.beta(alpha, c, count);
-      const Pack<acc> xs = x ? load(x + c, count) : zero;
-      const Pack<acc> rs = residual ? load(residual + c, count) : zero;
-      Pack<acc> g = load(grad_y + c, count);
-      if constexpr (is_masked(kAct)) {
-        const uint16_t bits = load_mask_bits(mask + c / 8, count);
-        g = masked_grad<kAct>(g, from_bits<acc>(bits), slope);
-      } else if constexpr (is_smooth(kAct)) {
-        g = activation_grad<kAct>(g, fma(alpha, xs, beta * rs), slope);
-        if (count < kLanes) g = keep(g, count);
+    const auto line = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+      if (x) prefetch_line<2>(x + c);
+      if (residual) prefetch_line<2>(residual + c);
+      prefetch_line<2>(grad_y + c);
+      if (!streaming) {
+        if (grad_x) prefetch_written(grad_x + c);
+        if (grad_residual) prefetch_written(grad_residual + c);
       }
-      if (grad_x) put(grad_x + c, alpha * g, count, streaming);
-      if (grad_residual) put(grad_residual + c, beta * g, count, streaming);
-      // With the complement, alpha multiplies x - residual.
-      const Pack<acc> factor = a.complement ? xs - rs : xs;
+      const Line<T> xs = x ? load_line(x + c, count) : Line<T>{};
+      const Line<T> rs = residual ? load_line(residual + c, count) : Line<T>{};
+      const Line<T> gs = load_line(grad_y + c, count);
+      Line<T> of_x{}, of_residual{}, of_alpha{}, of_beta{};
+      for_packs<T>(c, count, [&](int i, int64_t at, int64_t left) __attribute__((always_inline)) {
+        const Pack<acc> alpha = weights.alpha(at, left), beta = weights.beta(alpha, at, left);
+        Pack<acc> g = gs.pack[i];
+        if constexpr (is_masked(kAct)) {
+          const uint16_t bits = load_mask_bits(mask + at / 8, left);
+          g = masked_grad<kAct>(g, from_bits<acc>(bits), slope);
+        } else if constexpr (is_smooth(kAct)) {
+          g = activation_grad<kAct>(g, fma(alpha, xs.pack[i], beta * rs.pack[i]), slope);
+          if (left < kLanes) g = keep(g, left);
+        }
+        of_x.pack[i] = alpha * g;
+        of_residual.pack[i] = beta * g;
+        // With the complement, alpha multiplies x - residual.
+        const Pack<acc> factor = a.complement ? xs.pack[i] - rs.pack[i] : xs.pack[i];
+        of_alpha.pack[i] = g * factor;
+        of_beta.pack[i] = g * rs.pack[i];
+        if constexpr (!W::kAlphaLoaded) {
+          if (a.sum_alpha) block_alpha = fma(g, factor, block_alpha);
+        }
+        if constexpr (!W::kBetaLoaded) {
+          if (a.sum_beta) block_beta = fma(g, rs.pack[i], block_beta);
+        }
+      });
+      if (grad_x) put(grad_x + c, of_x, count, streaming);
+      if (grad_residual) put(grad_residual + c, of_residual, count, streaming);
       if constexpr (W::kAlphaLoaded) {
-        if (grad_alpha) put(grad_alpha + c, g * factor, count, streaming);
-      } else if (a.sum_alpha) {
-        block_alpha = fma(g, factor, block_alpha);
+        if (grad_alpha) put(grad_alpha + c, of_alpha, count, streaming);
       }
       if constexpr (W::kBetaLoaded) {
-        if (grad_beta) put(grad_beta + c, g * rs, count, streaming);
-      } else if (a.sum_beta) {
-        block_beta = fma(g, rs, block_beta);
+        if (grad_beta) put(grad_beta + c, of_beta, count, streaming);
       }
     };
     double alpha_total = 0, beta_total = 0;
     for (int64_t begin = span.begin; begin < span.end; begin += kBlock) {
       const int64_t end = begin + kBlock < span.end ? begin + kBlock : span.end;
-      int64_t c = begin;
-      for (; c + kLanes <= end; c += kLanes) at(c, kLanes);
-      if (c < end) at(c, end - c);
+      for_lines<T>(begin, end, line);
       if (a.sum_alpha) alpha_total += horizontal_sum(block_alpha);
       if (a.sum_beta) beta_total += horizontal_sum(block_beta);
       block_alpha = block_beta = zero;

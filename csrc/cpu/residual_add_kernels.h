@@ -68,6 +68,9 @@ extern const ResidualAddKernels residual_add_kernels;
 namespace avx512 {
 extern const ResidualAddKernels residual_add_kernels;
 }
+namespace avx512_bf16 {
+extern const ResidualAddKernels residual_add_kernels;
+}
 #endif
 
 }  // namespace resops

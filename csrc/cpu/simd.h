@@ -211,6 +211,19 @@ inline uint16_t to_bits(Mask<float> mask) {
 }
 #endif
 
+// max(z, 0), and NaN for a NaN.
+template <class acc>
+inline Pack<acc> relu(Pack<acc> z) {
+  return select(passes(z), z, broadcast(acc(0)));
+}
+#if defined(__AVX512F__)
+// The instruction returns its second operand where one of the two is a NaN.
+template <>
+inline Pack<float> relu(Pack<float> z) {
+  return {_mm512_max_ps(_mm512_setzero_ps(), z.r[0])};
+}
+#endif
+
 // Loads: 16 values from anywhere, widened to the accumulation type.
 
 inline Pack<float> load(const float* p) {
@@ -378,41 +391,103 @@ inline void store_half(Half* p, Pack<float> v) {
 inline void store(BFloat16* p, Pack<float> v) { store_half(p, v); }
 inline void store(Float16* p, Pack<float> v) { store_half(p, v); }
 
-// Past the caches, for outputs that no cache would hold: a plain store reads the line first.
-// `p` is a multiple of the size of 16 values; stream_fence() ends a run of them.
+// A line of a tensor: 64 bytes of 16-bit or float values, 128 of double. What a loop over a tensor
+// takes at a time; 16-bit values are unpacked and packed more quickly by two packs.
 template <class T>
-inline void stream(T* p, Pack<acc_t<T>> v) {
+constexpr int kPacks = sizeof(T) == 2 ? 2 : 1;
+template <class T>
+constexpr int kLine = kLanes * kPacks<T>;
+template <class T>
+struct Line {
+  Pack<acc_t<T>> pack[kPacks<T>];
+};
+
+template <class T>
+inline Line<T> load_line(const T* p) {
+  Line<T> out;
+  for (int i = 0; i < kPacks<T>; ++i) out.pack[i] = load(p + i * kLanes);
+  return out;
+}
+template <class T>
+inline void store_line(T* p, Line<T> v) {
+  for (int i = 0; i < kPacks<T>; ++i) store(p + i * kLanes, v.pack[i]);
+}
+#if defined(__AVX512F__)
+// 16 of the 32 words of a line as the upper halves of lanes, above zeros.
+inline Pack<float> widen_words(__m512i words, bool upper) {
+#if defined(__AVX512VBMI__)
+  alignas(64) static constexpr int8_t kByte[2][64] = {
+      {0,  0,  0,  1,  0,  0,  2,  3,  0,  0,  4,  5,  0,  0,  6,  7,  0,  0,  8,  9, 0,  0,
+       10, 11, 0,  0,  12, 13, 0,  0,  14, 15, 0,  0,  16, 17, 0,  0,  18, 19, 0,  0, 20, 21,
+       0,  0,  22, 23, 0,  0,  24, 25, 0,  0,  26, 27, 0,  0,  28, 29, 0,  0,  30, 31},
+      {0,  0,  32, 33, 0,  0,  34, 35, 0,  0,  36, 37, 0,  0,  38, 39, 0,  0,  40, 41, 0,  0,
+       42, 43, 0,  0,  44, 45, 0,  0,  46, 47, 0,  0,  48, 49, 0,  0,  50, 51, 0,  0,  52, 53,
+       0,  0,  54, 55, 0,  0,  56, 57, 0,  0,  58, 59, 0,  0,  60, 61, 0,  0,  62, 63}};
+  const __m512i index = _mm512_load_si512(kByte[upper]);
+  const __m512i bits = _mm512_maskz_permutexvar_epi8(0xcccccccccccccccc, index, words);
+#else
+  const __m256i half = upper ? _mm512_extracti64x4_epi64(words, 1) : _mm512_castsi512_si256(words);
+  const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#endif
+  return {_mm512_castsi512_ps(bits)};
+}
+#if defined(__AVX512VBMI__)
+template <>
+inline Line<BFloat16> load_line(const BFloat16* p) {
+  const __m512i words = _mm512_loadu_si512(p);
+  return {widen_words(words, false), widen_words(words, true)};
+}
+#endif
+inline __m512i to_half_line(Line<BFloat16> v) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v.pack[1].r[0], v.pack[0].r[0]));
+#else
+  const __m512i low = _mm512_castsi256_si512(to_half_bits(BFloat16{}, v.pack[0]));
+  return _mm512_inserti64x4(low, to_half_bits(BFloat16{}, v.pack[1]), 1);
+#endif
+}
+inline __m512i to_half_line(Line<Float16> v) {
+  const __m512i low = _mm512_castsi256_si512(to_half_bits(Float16{}, v.pack[0]));
+  return _mm512_inserti64x4(low, to_half_bits(Float16{}, v.pack[1]), 1);
+}
+template <>
+inline void store_line(BFloat16* p, Line<BFloat16> v) {
+  _mm512_storeu_si512(p, to_half_line(v));
+}
+#endif
+
+// Past the caches, for outputs that no cache would hold: a plain store reads the line first.
+// `p` is a multiple of 64 bytes; stream_fence() ends a run of them. (Half a line at a time, the
+// processor may write each half to memory on its own.)
+#if defined(__AVX2__)
+constexpr bool kCanStream = true;
+#else
+constexpr bool kCanStream = false;
+#endif
+template <class T>
+inline void stream_line(T* p, Line<T> v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 2) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_half_bits(T{}, v));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), to_half_line(v));
   } else {
     for (int i = 0; i < Pack<acc_t<T>>::kRegisters; ++i) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(p) + i, reinterpret_cast<__m512i>(v.r[i]));
+      const __m512i bits = reinterpret_cast<__m512i>(v.pack[0].r[i]);
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p) + i, bits);
     }
   }
 #elif defined(__AVX2__)
+  __m256i* const half_line = reinterpret_cast<__m256i*>(p);
   if constexpr (sizeof(T) == 2) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_half_bits(T{}, v));
+    for (int i = 0; i < 2; ++i) {
+      _mm256_stream_si256(half_line + i, to_half_bits(T{}, v.pack[i]));
+    }
   } else {
     for (int i = 0; i < Pack<acc_t<T>>::kRegisters; ++i) {
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + i, reinterpret_cast<__m256i>(v.r[i]));
+      _mm256_stream_si256(half_line + i, reinterpret_cast<__m256i>(v.pack[0].r[i]));
     }
   }
 #else
-  store(p, v);
-#endif
-}
-// Two packs of 16-bit values, one whole cache line: half a line at a time, the processor may write
-// each half to memory on its own. `p` is a multiple of 64 bytes.
-template <class Half>
-inline void stream_pair(Half* p, Pack<float> a, Pack<float> b) {
-#if defined(__AVX512F__)
-  const __m512i low = _mm512_castsi256_si512(to_half_bits(Half{}, a));
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p),
-                      _mm512_inserti64x4(low, to_half_bits(Half{}, b), 1));
-#else
-  stream(p, a);
-  stream(p + kLanes, b);
+  store_line(p, v);
 #endif
 }
 inline void stream_fence() {
@@ -437,6 +512,22 @@ inline void store(T* p, Pack<acc_t<T>> v, int64_t count) {
   std::memcpy(p, values, count * sizeof(T));
 }
 
+// The first `count` values of a line; zeros are loaded after them.
+template <class T>
+inline Line<T> load_line(const T* p, int64_t count) {
+  if (count >= kLine<T>) return load_line(p);
+  T values[kLine<T>] = {};
+  std::memcpy(values, p, count * sizeof(T));
+  return load_line<T>(values);
+}
+template <class T>
+inline void store_line(T* p, Line<T> v, int64_t count) {
+  if (count >= kLine<T>) return store_line(p, v);
+  T values[kLine<T>];
+  store_line<T>(values, v);
+  std::memcpy(p, values, count * sizeof(T));
+}
+
 // The first `count` of 16 values, zeros after them.
 template <class acc>
 inline Pack<acc> keep(Pack<acc> v, int64_t count) {
@@ -455,6 +546,96 @@ inline uint16_t load_mask_bits(const uint8_t* p, int64_t count) {
 inline void store_mask_bits(uint8_t* p, uint16_t bits, int64_t count) {
   if (count < kLanes) bits &= (1u << count) - 1;
   std::memcpy(p, &bits, count > 8 ? 2 : 1);
+}
+
+// Calls f(c, count) for the lines of [begin, end), of which the last may have fewer elements.
+template <class T, class F>
+inline __attribute__((always_inline)) void for_lines(int64_t begin, int64_t end, F f) {
+  int64_t c = begin;
+  for (; c + kLine<T> <= end; c += kLine<T>) f(c, kLine<T>);
+  if (c < end) f(c, end - c);
+}
+
+// Calls f(index of the pack, its column, elements of it) for the packs of a line at c.
+template <class T, class F>
+inline __attribute__((always_inline)) void for_packs(int64_t c, int64_t count, F f) {
+#pragma GCC unroll 2
+  for (int i = 0; i < kPacks<T>; ++i) {
+    if (i == 0 || count > i * kLanes) f(i, c + i * kLanes, count - i * kLanes);
+  }
+}
+
+// Memory asked for ahead of a pass: how far into the second-level cache, how far into the first,
+// and how far for cache lines that the pass will write.
+constexpr int64_t kPrefetchBytes = 16384;
+constexpr int64_t kNearBytes = 1024;
+constexpr int64_t kOwnBytes = 4096;
+
+// Asks for `bytes` of memory around `p` to come to the second-level cache. The reductions walk
+// several rows at once, which the hardware's own prefetcher loses at 256 channels and more.
+template <class T>
+inline void prefetch(const T* p, int64_t bytes) {
+  const char* line = reinterpret_cast<const char*>(p);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at, 0, 2);
+}
+
+// The same for the cache line at one line of an elementwise pass that reads kTensors tensors. One
+// is best asked for early and into the second-level cache; two or more late and into the first.
+template <int kTensors, class T>
+inline void prefetch_line(const T* p) {
+  const char* line = reinterpret_cast<const char*>(p);
+  if constexpr (kTensors == 1) {
+    __builtin_prefetch(line + kPrefetchBytes, 0, 2);
+  } else {
+    __builtin_prefetch(line + kNearBytes, 0, 3);
+  }
+}
+// For a line that is to be written: a store to a line that is not there waits for it. (Past the end
+// of a tensor this asks for memory of somebody else, which does no harm.)
+template <class T>
+inline void prefetch_written(T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kOwnBytes, 1, 3);
+}
+
+// 16 x 16 values, rows to columns.
+inline void transpose(Pack<float> (&rows)[kLanes]) {
+#if defined(__AVX512F__)
+  // Pairs, then fours of neighbours within 128 bits; then the 128-bit quarters among each other.
+  __m512 two[kLanes], four[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; i += 2) {
+    two[i] = _mm512_unpacklo_ps(rows[i].r[0], rows[i + 1].r[0]);
+    two[i + 1] = _mm512_unpackhi_ps(rows[i].r[0], rows[i + 1].r[0]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(two[i + j]), b = _mm512_castps_pd(two[i + j + 2]);
+      four[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      four[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 low01 = _mm512_shuffle_f32x4(four[i], four[i + 4], 0x88);
+    const __m512 high01 = _mm512_shuffle_f32x4(four[i], four[i + 4], 0xdd);
+    const __m512 low23 = _mm512_shuffle_f32x4(four[i + 8], four[i + 12], 0x88);
+    const __m512 high23 = _mm512_shuffle_f32x4(four[i + 8], four[i + 12], 0xdd);
+    rows[i].r[0] = _mm512_shuffle_f32x4(low01, low23, 0x88);
+    rows[i + 4].r[0] = _mm512_shuffle_f32x4(high01, high23, 0x88);
+    rows[i + 8].r[0] = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+    rows[i + 12].r[0] = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+  }
+#else
+  float values[kLanes][kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    float row[kLanes];
+    std::memcpy(row, &rows[i], sizeof(row));
+    for (int j = 0; j < kLanes; ++j) values[j][i] = row[j];
+  }
+  std::memcpy(rows, values, sizeof(values));
+#endif
 }
 
 // Fixed-order sum of the 16 values, in double.

@@ -81,6 +81,23 @@ def fused_activation(act: nn.Module) -> tuple[str, float] | None:
     return None
 
 
+def next_statistics(norm: _BatchNorm) -> tuple[Tensor | None, Tensor | None, bool, float]:
+    """What the next call of ``norm`` takes, which is counted if it is in training: the running
+    statistics, whether those of the batch are used, and the batch's weight in the running ones."""
+    running_mean, running_var = norm.running_mean, norm.running_var
+    momentum = norm.momentum
+    training = norm.training
+    if not training:
+        training = running_mean is None and running_var is None
+    elif not norm.track_running_stats or recomputing():
+        running_mean = running_var = None
+    elif norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:  # the plain mean over all batches
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    return running_mean, running_var, training, 0.0 if momentum is None else momentum
+
+
 def normalize(
     norm: _BatchNorm,
     x: Tensor,
@@ -96,19 +113,7 @@ def normalize(
         process_group: in training, of the processes over which the statistics are taken.
     """
     norm._check_input_dim(x)
-    training = norm.training
-    running_mean, running_var = norm.running_mean, norm.running_var
-    momentum = norm.momentum
-    if training:
-        if not norm.track_running_stats or recomputing():
-            running_mean = running_var = None
-        elif norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if momentum is None:  # the plain mean over all batches
-                momentum = 1.0 / float(norm.num_batches_tracked)
-    else:
-        process_group = None
-        training = running_mean is None and running_var is None
+    running_mean, running_var, training, momentum = next_statistics(norm)
     return functional.batch_norm_act(
         x,
         running_mean,
@@ -116,12 +121,12 @@ def normalize(
         norm.weight,
         norm.bias,
         training,
-        0.0 if momentum is None else momentum,
+        momentum,
         norm.eps,
         residual=residual,
         activation=activation,
         negative_slope=negative_slope,
-        process_group=process_group,
+        process_group=process_group if norm.training else None,
     )
 
 

@@ -38,21 +38,31 @@ def conv_norm_act(
     Returns:
         (N, C, *spatial of the output).
     """
-    if not norm.training and _may_fold(conv, norm):
+    if not norm.training and may_fuse(conv, norm):
         activation, negative_slope, rest = norm.epilogue()
         if len(rest) < 2:
             y = folded_conv(conv, norm, norm, x, residual, activation, negative_slope)
             if y is not None:
                 return rest[0](y) if rest else y
-    if residual is None:
-        return norm(conv(x))
-    return norm(conv(x), residual)
+    y = _convolve(conv, x)
+    return norm(y) if residual is None else norm(y, residual)
 
 
-def _may_fold(conv: nn.Module, norm: nn.Module) -> bool:
+def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """``conv(x)``; of an nn.Conv2d itself, without hooks, by the faster convolution."""
+    if type(conv) is not nn.Conv2d or not is_plain(conv) or conv.padding_mode != "zeros":
+        y: Tensor = conv(x)
+        return y
+    return ops.convolution(
+        x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
+
+
+def may_fuse(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether the two are exactly a convolution and the norm that goes with it, without hooks."""
     pair = _PAIRS.get(type(conv))
     fits = pair is not None and type(norm) in (pair, SyncBatchNormAct)
-    return fits and is_plain(conv) and is_plain(norm)
+    return fits and is_plain(conv) and is_plain(norm) and conv.padding_mode == "zeros"
 
 
 def folded_conv(

@@ -14,11 +14,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _dispatch, _magnitude
+from .. import _dispatch, _magnitude, _native, _precision
 from ..reference import conv_bn_act as reference
 from ..reference.activation import activate
-from ..reference.conv_bn_act import Size, convolution
+from ..reference.conv_bn_act import Size
+from ..reference.conv_bn_act import convolution as library_convolution
+from . import conv_bn_act_phases  # noqa: F401  (its fake kernels are registered)
 from .batch_norm import batch_norm, check_activation
+from .conv_bn_act_convolution import convolution
+from .conv_bn_act_gpu import Path, folded_convolution, path
+
+__all__ = [
+    "FoldedConvolution",
+    "Path",
+    "Situation",
+    "conv_bn_act",
+    "convolution",
+    "fold",
+    "is_channels_last",
+    "path",
+    "situation",
+    "wants_gradient",
+]
 
 _HALF = (torch.float16, torch.bfloat16)
 _CASTABLE = (*_HALF, torch.float32)
@@ -37,11 +54,11 @@ _POST_OPS: dict[str, tuple[str, list[float], str]] = {
 _NO_OVERFLOW = {torch.float32: 1e38, torch.bfloat16: 1e38, torch.float16: 6e4}
 
 
-def _tuple(size: Size, n: int) -> tuple[int, ...]:
+def size_tuple(size: Size, n: int) -> tuple[int, ...]:
     return (size,) * n if isinstance(size, int) else tuple(size)
 
 
-def _paddings(
+def paddings_of(
     padding: Size | str, kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[int, ...] | None:
     """Zeros at both ends of every dimension; None where the two ends differ."""
@@ -50,7 +67,7 @@ def _paddings(
     if padding == "same":
         total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return None if any(t % 2 for t in total) else tuple(t // 2 for t in total)
-    return None if isinstance(padding, str) else _tuple(padding, len(kernel))
+    return None if isinstance(padding, str) else size_tuple(padding, len(kernel))
 
 
 class Situation(NamedTuple):
@@ -63,6 +80,8 @@ class Situation(NamedTuple):
     x_size: torch.Size  # without the batch
     channels_last: bool
     onednn: bool
+    native: bool  # whether the backend is one whose kernels may compute it
+    precision: str
 
 
 def _onednn_takes(at: Situation) -> bool:
@@ -117,14 +136,19 @@ class FoldedConvolution:
         self.output_size = output_size
         self.weight = torch.empty_like(layout_of, dtype=at.dtype).copy_(weight)
         self.bias = bias.to(at.dtype)
-        self.wide_bias = bias  # oneDNN adds a float32 bias to a 16-bit convolution
+        self.wide_bias = bias  # oneDNN and the CUDA kernel add a float32 bias to a 16-bit sum
         self.onednn = at.onednn and _onednn_takes(at)
         self.joins_residual = False
+        self.at_points: Tensor | None = None  # the weight that Winograd's algorithm multiplies by
         if not self.onednn:
             return
         # |conv(x) + bias| <= gain * max|x| + offset
         magnitudes = self.weight.abs().flatten(1).sum(1, dtype=torch.float32)
         self.gain, self.offset = float(magnitudes.max()), float(bias.abs().max())
+        if self._takes_winograd(at, layout_of):
+            assert _native.module is not None
+            self.at_points = _native.module.winograd_weight(self.weight, *output_size[1:])
+            return
         # Packed weights make the output channels-last; so it is if either of the two is.
         if len(at.x_size) == 3 and (at.channels_last or is_channels_last(layout_of)):
             # The packed layout depends on the size of the image, not on that of the batch. One for
@@ -137,6 +161,22 @@ class FoldedConvolution:
                 )
             # The post-operation for it is there for such weights, and one group, only.
             self.joins_residual = groups == 1
+
+    def _takes_winograd(self, at: Situation, layout_of: Tensor) -> bool:
+        if not at.native or _native.module is None or self.groups != 1 or len(at.x_size) != 3:
+            return False
+        if not (at.channels_last or is_channels_last(layout_of)):
+            return False  # the output of torch's own convolution would be contiguous
+        geometry = [list(size) for size in (self.stride, self.padding, self.dilation)]
+        algorithm, _ = _native.module.conv_path(
+            "forward",
+            str(at.dtype).removeprefix("torch."),
+            [1, *at.x_size],
+            [1, *self.output_size],
+            list(self.weight.shape),
+            *geometry,
+        )
+        return at.dtype == torch.float32 and algorithm == "winograd"
 
     def takes(self, x: Tensor, residual: Tensor | None) -> bool:
         """Whether ``residual`` has the size of the output."""
@@ -152,7 +192,19 @@ class FoldedConvolution:
             x = x.to(self.dtype)
         if not self.onednn:
             geometry = (self.stride, self.padding, self.dilation, self.groups)
-            y = convolution(x, self.weight, self.bias, *geometry)
+            if x.is_cuda:
+                fused = folded_convolution(
+                    x,
+                    self.weight,
+                    self.wide_bias,
+                    *geometry,
+                    residual,
+                    activation,
+                    negative_slope,
+                )
+                if fused is not None:
+                    return fused
+            y = library_convolution(x, self.weight, self.bias, *geometry)
             return _finish(y, residual, activation, negative_slope)
         if torch.is_inference_mode_enabled():
             # An inference tensor has no version counter, so no bound could be kept about it.
@@ -164,6 +216,19 @@ class FoldedConvolution:
         self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
     ) -> Tensor:
         bound = self._bound(x, residual, activation)
+        if self.at_points is not None:
+            y = torch.ops.resops.conv_bn_act_folded(
+                x,
+                self.weight,
+                self.at_points,
+                self.wide_bias,
+                residual,
+                activation,
+                negative_slope,
+                self.padding,
+            )
+            self._remember(y, bound, activation, negative_slope)
+            return y
         last: str | None = activation
         if bound is None or not bound < _NO_OVERFLOW[self.dtype]:
             last = None  # a NaN is possible, which the activations of oneDNN do not all keep
@@ -188,11 +253,17 @@ class FoldedConvolution:
         else:
             y = ops.default(x, self.weight, self.wide_bias, *geometry, *_POST_OPS["identity"])
             y = _finish(y, residual, activation, negative_slope)
-        if bound is not None:
-            if activation == "leaky_relu":
-                bound *= max(1.0, abs(negative_slope))
-            _magnitude.remember(y, bound)
+        self._remember(y, bound, activation, negative_slope)
         return y
+
+    def _remember(
+        self, y: Tensor, bound: float | None, activation: str, negative_slope: float
+    ) -> None:
+        if bound is None:
+            return
+        if activation == "leaky_relu":
+            bound *= max(1.0, abs(negative_slope))
+        _magnitude.remember(y, bound)
 
     def _bound(self, x: Tensor, residual: Tensor | None, activation: str) -> float | None:
         """An upper bound on the argument of the activation; None where none is known or needed."""
@@ -258,7 +329,19 @@ def situation(x: Tensor, residual: Tensor | None) -> Situation | None:
             return None
     channels_last = x.dim() == 4 and is_channels_last(x)
     onednn = torch._C._get_mkldnn_enabled()
-    return Situation(dtype, autocast, x.dtype, device, x.shape[1:], channels_last, onednn)
+    native = kind == "cpu" and _dispatch.refusal("native", "conv_bn_act", x) is None
+    precision = _precision.get_conv_precision()
+    return Situation(
+        dtype,
+        autocast,
+        x.dtype,
+        device,
+        x.shape[1:],
+        channels_last,
+        onednn,
+        native and backend != "triton",
+        precision,
+    )
 
 
 def is_channels_last(t: Tensor) -> bool:
@@ -321,8 +404,8 @@ def fold(
         return None
     kernel = tuple(conv_weight.shape[2:])
     n = len(kernel)
-    strides, dilations = _tuple(stride, n), _tuple(dilation, n)
-    paddings = _paddings(padding, kernel, dilations)
+    strides, dilations = size_tuple(stride, n), size_tuple(dilation, n)
+    paddings = paddings_of(padding, kernel, dilations)
     if paddings is None or n != len(at.x_size) - 1 or not 1 <= n <= 3:
         return None
     if any(len(sizes) != n for sizes in (strides, paddings, dilations)):
@@ -375,8 +458,10 @@ def conv_bn_act(
     if not training and not torch.compiler.is_compiling():
         sources = (conv_weight, conv_bias, running_mean, running_var, weight, bias)
         at = None if wants_gradient(x, residual, *sources) else situation(x, residual)
-        # On a GPU the check for weights that are not finite would wait for it at every call.
-        if at is not None and at.device.type == "cpu":
+        # On a GPU the check for weights that are not finite waits for it: at every call only for
+        # those who ask for the kernel that needs the fold.
+        by_name = _dispatch.get_backend() == "native"
+        if at is not None and (at.device.type == "cpu" or by_name):
             folded = fold(at, *sources, eps, stride, padding, dilation, groups)
             if folded is not None and folded.takes(x, residual):
                 return folded(x, residual, activation, negative_slope)

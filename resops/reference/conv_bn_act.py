@@ -268,3 +268,37 @@ def conv_bn_act_backward_weight(
     geometry = (None, stride, padding, dilation, False, [0] * (len(weight_size) - 2), 1)
     g: Tensor = torch.ops.aten.convolution_backward(*wide, *geometry, [False, True, False])[1]
     return g.to(grad_y.dtype)
+
+
+def conv_bn_act_folded(
+    x: Tensor,
+    conv_weight: Tensor,
+    at_points: Tensor,
+    conv_bias: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    padding: list[int],
+) -> Tensor:
+    """act( conv(x) + conv_bias [+ residual] ), the batch norm folded into weight and bias by
+    :func:`fold`; a 3x3 convolution of stride 1.
+
+    Args:
+        at_points: the weight in the form in which a backend keeps it from call to call; not read
+            here.
+    """
+    ones = [1, 1]
+    none = (None, None, "identity", 0.0)
+    return conv_bn_act_forward(
+        [x],
+        *none,
+        conv_weight,
+        conv_bias,
+        residual,
+        activation,
+        negative_slope,
+        ones,
+        padding,
+        ones,
+        False,
+    )[0]

@@ -6,6 +6,7 @@ Every backend follows these few rules, so that an output of one can be handed to
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +31,11 @@ def empty_output(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=suggest_memory_format(x))
 
 
+def empty_channels_last(like: Tensor, size: Sequence[int]) -> Tensor:
+    """An uninitialised tensor of ``size``, (N, C, *spatial), stored as (N, *spatial, C)."""
+    return like.new_empty((size[0], *size[2:], size[1])).movedim(-1, 1)
+
+
 def is_channels_last(y: Tensor) -> bool:
     """Whether neighbours in memory are neighbouring channels; where C or S is 1 the two layouts
     are one, and count as channels-last."""
@@ -42,12 +48,17 @@ def _memory_order(like: Tensor) -> list[int]:
     return [0, *dims[2:], 1] if not like.is_contiguous() else dims
 
 
-def mask_size(y: Tensor) -> int:
-    """Bytes of the 1-bit mask of ``y``: flat bits in channels-last, padded planes in contiguous."""
-    if is_channels_last(y):
-        return (y.numel() + 7) // 8
+def mask_sizes(y: Tensor) -> tuple[int, int]:
+    """Bytes of the 1-bit mask of a tensor of ``y``'s size: flat bits in channels-last, padded
+    planes in contiguous."""
     spatial = math.prod(y.shape[2:])
-    return y.size(0) * y.size(1) * ((spatial + 7) // 8)
+    return (y.numel() + 7) // 8, y.size(0) * y.size(1) * ((spatial + 7) // 8)
+
+
+def mask_size(y: Tensor) -> int:
+    """Bytes of the 1-bit mask of ``y``, in its layout."""
+    flat, planes = mask_sizes(y)
+    return flat if is_channels_last(y) else planes
 
 
 def _mask_rows(y: Tensor) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import torch
 
 import resops
 from bench.models.stock_resnet import CONFIGURATIONS, create_stock_model
-from bench.shapes import BANDWIDTH_SHAPES, RESNET50, BatchNormShape, trace_batch_norms
+from bench.shapes import BANDWIDTH_SHAPES, RESNET50, VARIANTS, BatchNormShape, trace_batch_norms
 
 
 def test_resnet50_has_the_shapes_that_its_stock_model_shows() -> None:
@@ -13,7 +13,8 @@ def test_resnet50_has_the_shapes_that_its_stock_model_shows() -> None:
         model = create_stock_model("resnet50")
     assert dict(trace_batch_norms(model)) == RESNET50
     assert sum(RESNET50.values()) == 53
-    assert set(BANDWIDTH_SHAPES) <= set(RESNET50)
+    assert set(BANDWIDTH_SHAPES) <= set(RESNET50) <= set(VARIANTS)
+    assert len(VARIANTS) == 12 * 2 + 4  # twelve sizes, four of which also come without a ReLU
 
 
 def test_the_trace_tells_plain_norms_from_those_with_a_sum() -> None:

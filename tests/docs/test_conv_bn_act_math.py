@@ -206,3 +206,34 @@ def test_bound_on_every_partial_sum() -> None:
     x = o.x.abs().max() * W[:1].sign()
     alone = F.conv2d(x, W[:1]).squeeze() + k[0].abs() + r.abs().max()
     assert_close(alone, bound[0])
+
+
+# What the page prints, for m = 4.
+B_T = torch.tensor(
+    [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ],
+    dtype=torch.float64,
+)
+G = torch.tensor(
+    [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64
+)
+G = G / 24
+A_T = torch.tensor(
+    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
+    dtype=torch.float64,
+)
+
+
+@checks("F11", "F12", "F13")
+def test_winograd() -> None:
+    d, f, grad_y = random(6, 6, seed=130), random(3, 3, seed=131), random(4, 4, seed=132)
+    y = A_T @ ((G @ f @ G.T) * (B_T @ d @ B_T.T)) @ A_T.T
+    assert_close(y, F.conv2d(d[None, None], f[None, None])[0, 0])
+    grad_f = G.T @ ((A_T.T @ grad_y @ A_T) * (B_T @ d @ B_T.T)) @ G
+    assert_close(grad_f, F.conv2d(d[None, None], grad_y[None, None])[0, 0])

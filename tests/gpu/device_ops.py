@@ -25,7 +25,7 @@ class DeviceOps:
         op = getattr(torch.ops.resops, name).default
 
         def call(*arguments: Any) -> Any:
-            moved = [self._there(a) if isinstance(a, Tensor) else a for a in arguments]
+            moved = [self._moved(a) for a in arguments]
             outputs = op(*moved)
             for schema, before, after in zip(op._schema.arguments, arguments, moved, strict=True):
                 if schema.name in WRITTEN and isinstance(before, Tensor):
@@ -33,6 +33,11 @@ class DeviceOps:
             return tuple(t.cpu() for t in outputs)
 
         return call
+
+    def _moved(self, argument: Any) -> Any:
+        if isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
+            return [self._there(t) for t in argument]
+        return self._there(argument) if isinstance(argument, Tensor) else argument
 
     def _there(self, t: Tensor) -> Tensor:
         storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())

@@ -25,6 +25,8 @@ from resops.nn import BatchNormAct2d, ResidualAdd
 from tests.dispatch import counted_calls
 from tests.interpreter.test_backend import NAMES
 from tests.ops.batch_norm_oracle import ACTIVATIONS, random_case, run_functional, run_ops
+from tests.ops.conv_phases_oracle import ConvCase
+from tests.ops.conv_phases_oracle import random_case as random_conv_case
 from tests.tensors import in_layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -164,6 +166,58 @@ def operators() -> None:
             assert len(result) == 4 and all(v == "SUCCESS" for v in result.values()), result
 
 
+def conv_phases() -> ConvCase:
+    """A call with everything that a training step gives the phases of a convolution."""
+    torch.manual_seed(0)
+    return random_conv_case(
+        (2, 6, 3, 4),
+        5,
+        (3, 1),
+        slices=(2, 4),
+        prologue="relu",
+        statistics=True,
+        addend=True,
+        stride=(2, 1),
+        padding=(1, 0),
+    )
+
+
+def conv_operators() -> None:
+    """opcheck of the phases of a convolution: strides of the fake kernels too."""
+    case, ops = conv_phases(), torch.ops.resops_triton
+    geometry, before = case.geometry(), case.before()
+    for name, arguments in {
+        "forward": (case.inputs, *before, case.conv_weight, None, None, "identity", 0.0),
+        "backward_data": (
+            *(case.grad_y, case.conv_weight, list(case.x.shape), case.x, *before),
+            *(case.mean, case.invstd, case.addend),
+        ),
+        "backward_weight": (case.grad_y, case.inputs, *before, list(case.conv_weight.shape)),
+    }.items():
+        arguments = (*arguments, *geometry, *[True] * (name == "forward"))
+        op = getattr(ops, f"conv_bn_act_{name}").default
+        result = torch.library.opcheck(op, arguments)
+        assert len(result) == 4 and all(v == "SUCCESS" for v in result.values()), result
+
+
+def conv_phases_compiled() -> None:
+    """The phases are nodes of one graph, and give the same bits."""
+    case, ops = conv_phases(), torch.ops.resops_triton
+    eager = case.run(ops)
+    called: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(lambda: case.run(ops), fullgraph=True, backend=backend)()
+    for phase in ("forward", "backward_data", "backward_weight"):
+        assert called.count(f"resops_triton.conv_bn_act_{phase}") == 1, called
+    for name, t in compiled.items():
+        assert torch.equal(t, eager[name]) and t.stride() == eager[name].stride(), name
+    case.check(compiled)
+
+
 class Block(nn.Module):
     """A residual block with a projection."""
 
@@ -263,6 +317,8 @@ CALLS: dict[str, Callable[[], None]] = {
         auto_leaves_the_interpreter_alone,
         double_backward,
         operators,
+        conv_operators,
+        conv_phases_compiled,
         residual_block,
         residual_block_compiled,
         residual_block_compiled_dynamic,

@@ -19,6 +19,8 @@ NAMES = [
     "auto_leaves_the_interpreter_alone",
     "double_backward",
     "operators",
+    "conv_operators",
+    "conv_phases_compiled",
     "residual_block",
     "residual_block_compiled",
     "residual_block_compiled_dynamic",

@@ -191,9 +191,9 @@ MUTANTS = [
     bug(
         "NaN dropped by ReLU",
         Edit(
-            ACTIVATION,
-            "select(passes(z), z, broadcast(acc(0)))",
-            "select(greater(z, acc(0)), z, broadcast(acc(0)))",
+            SIMD,
+            "_mm512_max_ps(_mm512_setzero_ps(), z.r[0])",
+            "_mm512_max_ps(z.r[0], _mm512_setzero_ps())",
         ),
         f"{NUMERICS}::test_nan_is_not_swallowed",
     ),
@@ -213,15 +213,15 @@ MUTANTS = [
     ),
     bug(
         "residual subtracted",
-        Edit(KERNELS, "z = z + load(residual + c, count)", "z = z - load(residual + c, count)"),
+        Edit(KERNELS, "z = z + residuals.pack[i]", "z = z - residuals.pack[i]"),
         f"{NUMERICS}::test_rule_R",
     ),
     bug(
         "tail element of a row skipped by apply",
         Edit(
             KERNELS,
-            "store(y + c, value(c, span.end - c), span.end - c)",
-            "store(y + c, value(c, span.end - c), span.end - c - 1)",
+            "put<kStream>(y + c, out, count)",
+            "put<kStream>(y + c, out, count < kLine<T> ? count - 1 : count)",
         ),
         f"{SHAPES}::test_cache_blocking_shapes",
         f"{NUMERICS}::test_rule_R",
@@ -327,16 +327,23 @@ MUTANTS = [
     ),
     bug(
         "residual's gradient without the mask",
-        Edit(
-            KERNELS,
-            "Grads{out, g}",
-            "Grads{out, load(row_of.grad_y + c, count)}",
-        ),
+        Edit(KERNELS, "before.pack[i] = g", "before.pack[i] = gs.pack[i]"),
         f"{NUMERICS}::test_residual_flips_the_sign",
+        f"{NUMERICS}::test_rule_R",
+    ),
+    bug(
+        "residual's gradient without the mask, written by the reduction",
+        Edit(KERNELS, "before[r].pack[i] = g", "before[r].pack[i] = gs[r].pack[i]"),
+        f"{SHAPES}::test_large_gradients_are_those_of_the_phases",
     ),
     bug(
         "silu's gradient without the residual",
-        Edit(KERNELS, "if constexpr (kResidual) z = z + load(residual + at, count);", ";", True),
+        Edit(
+            KERNELS,
+            "if constexpr (kResidual) z = z + load(residual + rows * a.width + c, count);",
+            ";",
+            True,
+        ),
         f"{NUMERICS}::test_rule_R",
     ),
     bug(

@@ -6,8 +6,8 @@ compiles every file of csrc/cuda with nvcc for each architecture (80, 90a and 12
 ptxas says, one row per kernel, or with ``--all`` per instance. It fails where a kernel that walks
 over tensors spills, uses the stack, or has more registers than leave room for two blocks on a
 multiprocessor; and, where cuobjdump is (that of the CUDA toolkit or of the package triton), where
-the machine code of one that is compiled for vectors has no 16-byte loads or stores. No GPU is
-needed.
+the machine code of one that is compiled for vectors has no 16-byte loads or stores, or that of a
+convolution does not multiply on tensor cores. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Kernel:
     spill_loads: int
     wide_loads: int | None  # instructions that load 16 bytes; None: there is no cuobjdump
     wide_stores: int | None
+    matrix_products: int | None  # instructions of tensor cores
 
     @property
     def is_hot(self) -> bool:
@@ -71,9 +72,13 @@ class Kernel:
         return self.wide_loads == 0 or (writes and self.wide_stores == 0)
 
     @property
+    def is_without_tensor_cores(self) -> bool:
+        return self.name.startswith("conv_") and self.matrix_products == 0
+
+    @property
     def is_bad(self) -> bool:
         too_large = self.spilled > 0 or self.stack > 0 or self.registers > MOST_REGISTERS
-        return self.is_hot and (too_large or self.is_narrow)
+        return self.is_hot and (too_large or self.is_narrow or self.is_without_tensor_cores)
 
 
 def find_nvcc() -> str | None:
@@ -100,17 +105,22 @@ def _folder(tool: str) -> str:
     return str(Path(tool).parent)
 
 
-def wide_accesses(cubin: Path) -> dict[str, tuple[int, int]] | None:
-    """16-byte loads and stores in the machine code of each function; None without cuobjdump."""
+# 16-byte loads (LDGSTS: into shared memory), 16-byte stores, products of matrices.
+_INSTRUCTIONS = (r"LDG(STS)?\.E(\.\w+)*\.128", r"STG\.E\.128", r"HMMA")
+
+
+def instructions(cubin: Path) -> dict[str, tuple[int, ...]] | None:
+    """How many _INSTRUCTIONS the machine code of each function has; None without cuobjdump."""
     tool = find_cuobjdump()
     if tool is None:
         return None
-    counts: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[int, ...]] = {}
     environment = {**os.environ, "PATH": f"{_folder(tool)}:{os.environ.get('PATH', '')}"}
     code = run([tool, "-sass", str(cubin)], environment)
     for function in code.split("Function : ")[1:]:
-        loads, stores = (len(re.findall(rf"\b{op}\.E\.128", function)) for op in ("LDG", "STG"))
-        counts[function.split(maxsplit=1)[0]] = (loads, stores)
+        counts[function.split(maxsplit=1)[0]] = tuple(
+            sum(1 for _ in re.finditer(rf"\b{op}\b", function)) for op in _INSTRUCTIONS
+        )
     return counts
 
 
@@ -135,7 +145,7 @@ def compile_kernels(source: Path, architecture: str) -> list[Kernel]:
         temporary = report.with_suffix(f".{os.getpid()}")
         temporary.write_text(run([*command, "-o", str(report.with_suffix(".cubin"))]))
         temporary.replace(report)
-    return parse(report.read_text(), architecture, wide_accesses(report.with_suffix(".cubin")))
+    return parse(report.read_text(), architecture, instructions(report.with_suffix(".cubin")))
 
 
 def run(command: list[str], environment: dict[str, str] | None = None) -> str:
@@ -154,9 +164,9 @@ _ENTRY = re.compile(
 
 
 def parse(
-    report: str, architecture: str, wide: dict[str, tuple[int, int]] | None = None
+    report: str, architecture: str, counts: dict[str, tuple[int, ...]] | None = None
 ) -> list[Kernel]:
-    """The kernels that a report of ``ptxas -v`` names, with their :func:`wide_accesses`."""
+    """The kernels that a report of ``ptxas -v`` names, with their :func:`instructions`."""
     entries = list(_ENTRY.finditer(report))
     found = []
     for entry, name in zip(entries, demangled([e["name"] for e in entries]), strict=True):
@@ -164,8 +174,8 @@ def parse(
         kernel, arguments = (match[1], match[2] or "") if match else (name, "")
         arguments = re.sub(r"\((bool|int|resops::Activation)\)", "", arguments)
         numbers = (int(entry[k]) for k in ("registers", "stack", "stores", "loads"))
-        accesses = (None, None) if wide is None else wide[entry["name"]]
-        found.append(Kernel(architecture, kernel, arguments, *numbers, *accesses))
+        counted = (None, None, None) if counts is None else counts[entry["name"]]
+        found.append(Kernel(architecture, kernel, arguments, *numbers, *counted))
     return found
 
 
@@ -227,8 +237,8 @@ def main() -> int:
         return 1
     if bad := [k for k in found if k.is_bad]:
         print(
-            f"\nspills, stack, more than {MOST_REGISTERS} registers, or no 16-byte accesses, in "
-            "kernels that walk over tensors:"
+            f"\nspills, stack, more than {MOST_REGISTERS} registers, no 16-byte accesses or no "
+            "tensor cores, in kernels that walk over tensors:"
         )
         print(table(bad, every_instance=True))
         return 1

@@ -127,7 +127,12 @@ def test_evaluation_is_convolutions_only(name: str, mode: Any) -> None:
         ours(x)
         with counted_calls() as calls:
             ours(x)
-    assert calls["mkldnn::_convolution_pointwise"] == convolutions
+    winograd = calls["conv_bn_act_folded"]  # that of every 3x3 convolution of stride 1
+    assert winograd == sum(
+        isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.stride == (1, 1)
+        for m in ours.modules()
+    )
+    assert calls["mkldnn::_convolution_pointwise"] + winograd == convolutions
     for name in calls:
         assert "batch_norm" not in name and "relu" not in name and "add" not in name.split("::")[1:]
     assert (

@@ -387,7 +387,8 @@ def test_relu_backward_at_zero_and_nan(
 ) -> None:
     """B: ReLU backward at 0, -0.0 and NaN: 0, 0, and the gradient passes; subnormals decide too.
 
-    mean 0, var 1, eps 0 and no weight: z is x (+ residual) exactly.
+    mean 0, var 1, eps 0 and no weight: z is x (+ residual) exactly. The processor's own rounding to
+    bfloat16, which avx512_bf16 uses, makes subnormal results zero, after their sign has decided.
     """
     smallest = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}.get(dtype, 2.0**-149)
     values = torch.tensor(
@@ -421,6 +422,8 @@ def test_relu_backward_at_zero_and_nan(
     assert y is not None
     z = x.clone()
     reference = F.relu(z) if activation == "relu" else F.leaky_relu(z, slope)
+    if capability == "avx512_bf16" and dtype == torch.bfloat16:
+        reference[reference.abs() < torch.finfo(dtype).tiny] = 0
     assert torch.equal(y.nan_to_num(7.0), reference.nan_to_num(7.0))
 
 

@@ -366,3 +366,28 @@ def test_numel_of_two_to_the_31(extra: int, channels_last: bool) -> None:
         expected = float(weight[c] * invstd[c] * inner)
         terms = float(weight[c] * invstd[c] * (g + sum_g[c] / M + abs(xhat) * sum_g_xhat[c] / M))
         assert abs(float(grad_x[index]) - expected) <= 4 * low * terms, index
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_gradients_are_those_of_the_phases(
+    dtype: torch.dtype, layout: str, native: None
+) -> None:
+    """From 64 MB on, the reduction writes grad_residual, which the second pass then reads."""
+    planes = 2**26 // dtype.itemsize // (17 * 33 * 70) + 1
+    x, residual, grad_y = (
+        in_layout(torch.randn(planes, 70, 17, 33).to(dtype), layout) for _ in range(3)
+    )
+    ops = torch.ops.resops
+    mean, var = ops.batch_norm_statistics(x)
+    affine = (torch.rand(70) + 0.5, torch.randn(70), mean, torch.rsqrt(var + 1e-5))
+    _, mask = ops.batch_norm_apply(x, residual, *affine, "relu", 0.0)
+    saved = (grad_y, x, residual, mask, *affine)
+    whole = ops.batch_norm_backward(*saved, True, "relu", 0.0, [True] * 4)
+    grad_bias, grad_weight = ops.batch_norm_backward_reduce(*saved, "relu", 0.0)
+    count = x.numel() // 70
+    means = (grad_bias / count, grad_weight / count)
+    parts = ops.batch_norm_backward_apply(*saved, *means, "relu", 0.0, True, True)
+    assert torch.equal(whole[1], parts[1])
+    torch.testing.assert_close(whole[0], parts[0])  # the means were rounded to float32 in between
+    torch.testing.assert_close(whole[2:], (grad_weight, grad_bias), rtol=0, atol=0)

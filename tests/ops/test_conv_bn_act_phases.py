@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resops import _native
 from resops.reference import conv_bn_act as phases
 from resops.reference.activation import activate
 from resops.reference.batch_norm import batch_norm_backward_reduce
@@ -122,3 +123,46 @@ def test_statistics_and_sums_are_those_of_the_rounded_values(dtype: torch.dtype)
     )
     for mine, its in zip(sums, expected, strict=True):
         torch.testing.assert_close(mine, its)
+
+
+# ---- as ops -------------------------------------------------------------------------------------
+
+needs_extension = pytest.mark.skipif(_native.module is None, reason=str(_native.error))
+
+
+@needs_extension
+@pytest.mark.parametrize("phase", ["forward", "backward_data", "backward_weight"])
+def test_schemas_are_the_signatures_of_the_reference(phase: str) -> None:
+    name = f"conv_bn_act_{phase}"
+    declared = getattr(torch.ops.resops, name).default._schema
+    inferred = torch.library.infer_schema(getattr(phases, name), mutates_args=())
+    expected = torch._C.parse_schema(f"resops::{name}{inferred}")
+    assert [(a.name, str(a.type)) for a in declared.arguments] == [
+        (a.name, str(a.type)) for a in expected.arguments
+    ]
+    assert len(declared.returns) == len(expected.returns)
+
+
+@needs_extension
+@pytest.mark.parametrize("sizes", [(9,), (9, 11), (5, 6, 7), (1, 1), (0, 5)])
+def test_fake_outputs_are_channels_last_and_of_the_right_size(sizes: tuple[int, ...]) -> None:
+    n = len(sizes)
+    x = torch.empty(2, 5, *sizes, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(4, 5, *[3] * n, dtype=torch.bfloat16, device="meta")
+    geometry = ([2] * n, [3] * n, [1] * n)
+    before = (None, None, "identity", 0.0)
+    ops = torch.ops.resops
+    y, mean, var = ops.conv_bn_act_forward(
+        [x], *before, weight, None, None, "identity", 0.0, *geometry, True
+    )
+    expected = phases.convolution(x, weight, None, (2,) * n, (3,) * n, (1,) * n, groups=1)
+    assert y.shape == expected.shape and y.dtype == x.dtype
+    assert mean.shape == var.shape == (4,) and mean.dtype == torch.float32
+    g, *sums = ops.conv_bn_act_backward_data(
+        y, weight, list(x.shape), None, *before, None, None, None, *geometry
+    )
+    assert g.shape == x.shape and all(s.numel() == 0 for s in sums)
+    grad_weight = ops.conv_bn_act_backward_weight(y, [x], *before, list(weight.shape), *geometry)
+    assert grad_weight.shape == weight.shape
+    for t in (y, g, grad_weight):
+        assert t.movedim(1, -1).is_contiguous()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from . import emulator
 
 _TORCH = Path(torch.__path__[0])
 _CSRC = emulator.ROOT / "csrc"
-OPS = ("batch_norm", "residual_add")
+OPS = ("batch_norm", "conv_bn_act", "residual_add")
+# conv_bn_act stages tiles in shared memory: as much as every GPU has without asking.
+_SHARED_BYTES = 48 * 1024
 
 
 @functools.cache
@@ -44,5 +47,6 @@ def load() -> Any:
             ["-shared", *map(str, objects), f"-L{_TORCH / 'lib'}", *libraries, "-o", str(temporary)]
         )
         temporary.replace(library)
+    os.environ.setdefault("RESOPS_SIMT_SHARED", str(_SHARED_BYTES))
     torch.ops.load_library(str(library))
     return torch.ops.resops_simt

@@ -21,6 +21,9 @@ Options& options() {
     Options o;
     o.seed = from_environment("RESOPS_SIMT_SEED", o.seed);
     o.poison = static_cast<unsigned char>(from_environment("RESOPS_SIMT_POISON", o.poison));
+    o.device.shared_per_block = from_environment("RESOPS_SIMT_SHARED", o.device.shared_per_block);
+    o.device.shared_per_multiprocessor =
+        std::max(o.device.shared_per_multiprocessor, 2 * o.device.shared_per_block);
     return o;
   }();
   return options;

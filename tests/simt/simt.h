@@ -52,7 +52,7 @@ struct Error : std::runtime_error {
 };
 
 struct Options {
-  resops::DeviceLimits device;
+  resops::DeviceLimits device;  // its shared_per_block: RESOPS_SIMT_SHARED
   // 0: blocks and threads run in their natural order, else in an order shuffled by this seed.
   unsigned long long seed = 0;  // RESOPS_SIMT_SEED
   // Every byte of fresh shared memory. 0xff makes each float, half and bfloat16 a NaN; results that

@@ -11,6 +11,10 @@ import torch
 
 from resops import _dispatch
 from resops.ops import batch_norm as batch_norm_op
+from resops.ops import conv_bn_act_phases
+from resops.reference import conv_bn_act as convolutions
+from resops.reference.activation import activate
+from tests.accuracy import Exact, assert_rule_R, to_numpy
 from tests.gpu.device_ops import DeviceOps
 from tests.ops import batch_norm_oracle, residual_add_oracle
 from tests.tensors import LAYOUTS, exact_batch, guarded, in_layout, ulps_apart
@@ -175,3 +179,222 @@ def test_residual_add(ops: Any, activation: str, weighting: str) -> None:
             out = residual_add_oracle.run_ops(case, ops)
             case.check({name: t for name, t in out.items() if name != "mask"})
             residual_add_oracle.assert_metadata(case, out)
+
+
+# ---- conv_bn_act --------------------------------------------------------------------------------
+
+GEOMETRIES = [
+    # kernel, stride, padding, dilation
+    ((1, 1), [1, 1], [0, 0], [1, 1]),
+    ((3, 3), [1, 1], [1, 1], [1, 1]),
+    ((3, 3), [2, 2], [1, 1], [1, 1]),
+    ((5, 2), [1, 3], [0, 4], [1, 2]),
+]
+
+
+class ConvCase:
+    """Arguments of conv_bn_act_forward in the order of the schema, and what is exact."""
+
+    def __init__(self, x: list[torch.Tensor], out: int, geometry: Any, **changes: Any) -> None:
+        kernel, stride, padding, dilation = geometry
+        channels = sum(t.size(1) for t in x)
+        scaled = values((out, channels, *kernel), torch.float32).div(channels**0.5)
+        self.arguments: dict[str, Any] = {
+            "inputs": x,
+            "scale": None,
+            "shift": None,
+            "prologue": "identity",
+            "prologue_slope": 0.1,
+            "conv_weight": scaled.to(x[0].dtype),
+            "conv_bias": None,
+            "residual": None,
+            "activation": "identity",
+            "negative_slope": 0.1,
+            "stride": stride,
+            "padding": padding,
+            "dilation": dilation,
+            "statistics": False,
+        } | changes
+
+    def check(self, ops: Any) -> tuple[torch.Tensor, ...]:
+        a = self.arguments
+        outputs: tuple[torch.Tensor, ...] = ops.conv_bn_act_forward(*a.values())
+        fakes = conv_bn_act_phases.fake_forward(**a)
+        for real, fake in zip(outputs, fakes, strict=True):
+            assert (real.shape, real.stride(), real.dtype) == (
+                fake.shape,
+                fake.stride(),
+                fake.dtype,
+            )
+        y, mean, var = outputs
+        assert_rule_R("y", y, None, self.exact(), y.dtype)
+        if a["statistics"] and y.numel() > 0:
+            stored = y.double()
+            expected = torch.var_mean(stored, (0, 2, 3), correction=0)
+            kappa = to_numpy(stored.abs().mean((0, 2, 3)) / (expected[0] + 1e-5).sqrt(), y.dtype)
+            for name, got, value, terms in (
+                ("mean", mean, expected[1], stored.abs().mean((0, 2, 3))),
+                ("var", var, expected[0], 2 * expected[0]),
+            ):
+                exact = Exact(to_numpy(value, y.dtype), to_numpy(terms, y.dtype), 0)
+                assert_rule_R(name, got, None, exact, y.dtype, kappa)
+        return outputs
+
+    def exact(self) -> Exact:
+        a = self.arguments
+        x = convolutions._convolved(
+            a["inputs"], a["scale"], a["shift"], a["prologue"], a["prologue_slope"]
+        )
+        geometry = (tuple(a["stride"]), tuple(a["padding"]), tuple(a["dilation"]), 1)
+        pairs = []
+        for wide in (torch.Tensor.double, lambda t: t.double().abs()):
+            bias = None if a["conv_bias"] is None else wide(a["conv_bias"])
+            z = convolutions.convolution(wide(x), wide(a["conv_weight"]), bias, *geometry)
+            pairs.append(z if a["residual"] is None else z + wide(a["residual"]))
+        value = activate(pairs[0], a["activation"], a["negative_slope"])
+        dtype = a["inputs"][0].dtype
+        return Exact(to_numpy(value, dtype), to_numpy(pairs[1], dtype))
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conv_bn_act_layouts(ops: Any, dtype: torch.dtype, layout: str) -> None:
+    """x, weight and residual each in a layout, x in NaN margins and at an odd address."""
+    for channels, out in ((16, 24), (5, 3)):
+        x = guarded(values((2, channels, 5, 7), dtype), layout, offset=1)
+        for geometry in GEOMETRIES:
+            plain = ConvCase([x.tensor], out, geometry)
+            size = plain.exact().value.shape
+            weight = in_layout(plain.arguments["conv_weight"], layout, offset=3)
+            residual = in_layout(values(size, dtype), layout, offset=1)
+            changes = {"conv_weight": weight, "residual": residual, "activation": "relu"}
+            ConvCase([x.tensor], out, geometry, **changes).check(ops)
+        x.assert_untouched()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conv_bn_act_flags(ops: Any, dtype: torch.dtype) -> None:
+    for channels, out in ((16, 72), (7, 5)):
+        x = in_layout(values((2, channels, 6, 5), dtype), "channels_last")
+        scale, shift = values((channels, 2), torch.float32).unbind(1)  # strided
+        for geometry in GEOMETRIES:
+            before = {"scale": scale, "shift": shift, "prologue": "relu"}
+            ConvCase([x], out, geometry, **before, statistics=True).check(ops)
+            for bias in (values((1, out), dtype)[0], values((1, out), torch.float32)[0]):
+                ConvCase([x], out, geometry, conv_bias=bias, activation="silu").check(ops)
+
+
+def test_conv_bn_act_takes_slices(ops: Any) -> None:
+    """Some channels of a wider tensor, and several inputs beside each other."""
+    wide = in_layout(values((2, 24, 6, 5), torch.bfloat16), "channels_last")
+    for first, last in ((8, 24), (3, 20)):
+        ConvCase([wide[:, first:last]], 16, GEOMETRIES[1]).check(ops)
+    three = [wide[:, :8], wide[:, 16:], values((2, 3, 6, 5), torch.bfloat16)]
+    ConvCase(three, 8, GEOMETRIES[2]).check(ops)
+    ConvCase([wide[:, :8], wide[:, 11:]], 8, GEOMETRIES[2], statistics=True).check(ops)
+
+
+@pytest.mark.parametrize("size", [(0, 8, 5, 5), (2, 8, 0, 5)], ids=str)
+def test_conv_bn_act_empty(ops: Any, size: tuple[int, ...]) -> None:
+    geometry = ((3, 3), [1, 1], [2, 2], [1, 1])
+    x = torch.empty(size, dtype=torch.float16)
+    y, mean, var = ConvCase([x], 16, geometry, statistics=True).check(ops)
+    assert torch.equal(y, torch.zeros_like(y))  # nothing but padding
+    assert torch.equal(mean, torch.zeros(16)) and torch.equal(var, torch.zeros(16))
+
+
+VALUE, RUNTIME, MISSING = ValueError, RuntimeError, NotImplementedError
+HALF = torch.float16
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"inputs": []}, VALUE, "inputs should have at least one tensor"),
+        ({"inputs": [torch.ones(2, 8, dtype=HALF)]}, VALUE, r"inputs\[0\] of size \[2, 8\]"),
+        (
+            {"inputs": [torch.ones(2, 4, 5, 5, dtype=HALF), torch.ones(2, 4, 5, 6, dtype=HALF)]},
+            RUNTIME,
+            r"inputs\[1\] should have the size .* but for the channels",
+        ),
+        (
+            {"inputs": [torch.ones(2, 4, 5, 5, dtype=HALF), torch.ones(2, 4, 5, 5)]},
+            RUNTIME,
+            r"inputs\[1\] should have the dtype",
+        ),
+        ({"inputs": [torch.ones(2, 8, 5, 5).int()]}, MISSING, "not implemented for 'Int'"),
+        ({"scale": torch.ones(8)}, VALUE, "scale and shift must either both be None"),
+        (
+            {"scale": torch.ones(7), "shift": torch.ones(8)},
+            RUNTIME,
+            "scale should contain 8 elements not 7",
+        ),
+        (
+            {"scale": torch.ones(8), "shift": torch.ones(8).half()},
+            RUNTIME,
+            "shift should have dtype Float",
+        ),
+        ({"prologue": "relu"}, VALUE, "prologue should be 'identity' without scale"),
+        ({"prologue": "tanh"}, VALUE, "activation must be one of .* but got 'tanh'"),
+        ({"conv_weight": torch.ones(4, 8, 3, 3)}, RUNTIME, "conv_weight should have the dtype"),
+        (
+            {"conv_weight": torch.ones(4, 7, 3, 3, dtype=HALF)},
+            RUNTIME,
+            "expects an input with 7 channels, but got 8",
+        ),
+        (
+            {"conv_weight": torch.ones(4, 8, 3, dtype=HALF)},
+            RUNTIME,
+            "conv_weight should have size .* with 2 kernel dimensions",
+        ),
+        (
+            {"conv_weight": torch.ones(0, 8, 3, 3, dtype=HALF)},
+            RUNTIME,
+            "conv_weight should have sizes of at least 1",
+        ),
+        (
+            {"conv_weight": torch.ones(4, 8, 9, 3, dtype=HALF)},
+            RUNTIME,
+            "Kernel size can't be greater than actual input size",
+        ),
+        ({"conv_bias": torch.ones(5)}, RUNTIME, "conv_bias should contain 4 elements not 5"),
+        ({"conv_bias": torch.ones(4).double()}, RUNTIME, "mixed dtype: expect conv_bias"),
+        (
+            {"residual": torch.ones(2, 4, 5, 4, dtype=HALF)},
+            RUNTIME,
+            r"residual should have the size \[2, 4, 5, 5\]",
+        ),
+        ({"residual": torch.ones(2, 4, 5, 5)}, RUNTIME, "residual should have the dtype Half"),
+        ({"activation": "swish"}, VALUE, "activation must be one of .* but got 'swish'"),
+        ({"stride": [1]}, RUNTIME, "expected stride to be a list of 2 values"),
+        ({"stride": [1, 0]}, RUNTIME, "stride should be at least 1"),
+        ({"padding": [-1, 1]}, RUNTIME, "padding should be at least 0"),
+        ({"padding": [2**62, 1]}, RUNTIME, "padding should be at least 0 and at most"),
+        ({"dilation": [1, 0]}, RUNTIME, "dilation should be at least 1"),
+        ({"statistics": True, "activation": "relu"}, VALUE, "activation should be 'identity'"),
+        (
+            {"statistics": True, "residual": torch.ones(2, 4, 5, 5, dtype=HALF)},
+            VALUE,
+            "residual should be None",
+        ),
+        ({"inputs": [torch.ones(2, 8, 5, 5, device="meta", dtype=HALF)]}, RUNTIME, "same device"),
+        (
+            {"inputs": [torch.ones(2, 8, 5, 5)], "conv_weight": torch.ones(4, 8, 3, 3)},
+            MISSING,
+            "not implemented for 'Float' by the CUDA kernels",
+        ),
+        (
+            {"padding": [2**29, 1]},
+            MISSING,
+            "too large for the CUDA kernels",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_conv_bn_act_refusals(
+    ops: Any, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    x = torch.ones(2, 8, 5, 5, dtype=HALF)
+    arguments = ConvCase([x], 4, GEOMETRIES[1]).arguments | changes
+    with pytest.raises(error, match=message):
+        ops.conv_bn_act_forward(*arguments.values())

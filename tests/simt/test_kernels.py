@@ -25,6 +25,7 @@ CASES = {
         "corners",
         "special_values",
     ],
+    "conv_bn_act": ["shapes", "windows", "flags", "statistics", "repeats", "special_values"],
     "residual_add": ["shapes", "flags", "large_batch", "half_weights", "wanted"],
 }
 
@@ -74,8 +75,9 @@ def test_traffic(name: str) -> None:
 def test_every_kernel_runs() -> None:
     """Each __global__ function of csrc/cuda is launched by the programs."""
     launched = ""
-    for name in PROGRAMS:
-        for case in ("flags", "parameters" if name == "batch_norm" else "wanted"):
+    others = {"batch_norm": "parameters", "conv_bn_act": "statistics", "residual_add": "wanted"}
+    for name, other in others.items():
+        for case in ("flags", other):
             launched += emulator.run(program(name, "plain"), case).stdout
     defined = {
         kernel

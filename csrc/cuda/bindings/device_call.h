@@ -42,10 +42,14 @@ inline void check_dtype(const char* op, const at::Tensor& x) {
                               "resops.set_backend(\"reference\") takes it");
 }
 
-// The values of `t`, dense in a layout and from an address that 16-byte accesses can start at.
+// The values of a dense tensor, from an address that 16-byte accesses can start at.
+inline at::Tensor aligned(const at::Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : t.clone();
+}
+
+// The values of `t`, dense in a layout and aligned.
 inline at::Tensor dense(const MemoryLayout& layout, const at::Tensor& t) {
-  const at::Tensor d = layout.dense(t);
-  return reinterpret_cast<uintptr_t>(d.const_data_ptr()) % 16 == 0 ? d : d.clone();
+  return aligned(layout.dense(t));
 }
 
 inline at::TensorOptions plain(const at::Tensor& x, at::ScalarType dtype) {

@@ -1,0 +1,375 @@
+// Cuts a convolution into blocks of tiles and hands them to the kernels. How it is cut depends on
+// its size alone, and sums are merged in the order of the blocks: the bits are the same for any
+// number of threads. No thread's workspace is larger than 64 MB, whatever the size; docs/math/
+// conv_bn_act.md says what the numbers below weigh against each other.
+
+#include "winograd_convolution.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+
+#include "../common/tensor_checks.h"
+#include "conv_bn_act_kernels.h"
+#include "driver.h"
+
+namespace resops {
+namespace {
+
+using at::Tensor;
+
+const WinogradKernels& kernels() { return RESOPS_ACTIVE_KERNELS(winograd_kernels); }
+
+constexpr int64_t kOperandBytes = int64_t{24} << 20;  // of a block's operands
+constexpr int64_t kCacheBytes = int64_t{1} << 20;     // of the second-level cache, or a half
+constexpr int64_t kProductBytes = int64_t{32} << 20;  // of a weight's gradient at all points
+// At most so many channels of the weight's gradient are computed together: of the output, of the
+// input. The product is 2.4 MB at 36 points; a smaller one would read the operands more often.
+constexpr int64_t kGradientRows = 140, kGradientColumns = 128;
+
+int64_t points(int tile) { return (tile + 2) * (tile + 2); }
+
+Tensor float_buffer(int64_t size) { return at::empty({size}, at::kFloat); }
+
+// Neighbouring channels in neighbouring places.
+Tensor with_dense_channels(const Tensor& t) {
+  const bool dense = t.size(1) == 1 || t.stride(1) == 1;
+  return dense ? t : t.contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+ImageView view(const Tensor& t) {
+  return {const_cast<void*>(t.const_data_ptr()), t.size(1), t.stride(0), t.stride(2), t.stride(3)};
+}
+
+// A vector as kernels read it, whole packs at a time.
+std::vector<float> padded_vector(const Tensor& t) {
+  std::vector<float> values(t.numel() + 16);
+  visit_values(t, [&](auto& value, int64_t i) { values[i] = static_cast<float>(value); });
+  return values;
+}
+
+// A prologue and the vectors that it points to.
+struct PrologueValues {
+  explicit PrologueValues(const ChannelPrologue& from) {
+    prologue.activation = from.activation;
+    prologue.negative_slope = static_cast<float>(from.negative_slope);
+    if (!from.scale) return;
+    scale = padded_vector(*from.scale);
+    shift = padded_vector(*from.shift);
+    prologue.scale = scale.data();
+    prologue.shift = shift.data();
+  }
+  std::vector<float> scale, shift;
+  Prologue prologue;
+};
+
+WeightView weight_view(const Tensor& w, bool turned) {
+  WeightView v{kernel_dtype(w), const_cast<void*>(w.const_data_ptr()),
+               w.stride(0),     w.stride(1),
+               w.stride(2),     w.stride(3)};
+  if (turned) {
+    std::swap(v.out_stride, v.in_stride);
+    v.data = static_cast<char*>(v.data) +
+             2 * (v.row_stride + v.column_stride) * static_cast<int64_t>(w.element_size());
+    v.row_stride = -v.row_stride;
+    v.column_stride = -v.column_stride;
+  }
+  return v;
+}
+
+// Images and what is cut from them. Keeps the tensors that it points to.
+struct Images {
+  Images(at::TensorList inputs, const ChannelPrologue& from, at::IntArrayRef padding,
+         int64_t out_channels, int64_t out_height, int64_t out_width)
+      : prologue(from) {
+    geometry.dtype = kernel_dtype(inputs[0]);
+    geometry.tile = winograd_tile(out_height, out_width);
+    geometry.height = inputs[0].size(2);
+    geometry.width = inputs[0].size(3);
+    geometry.out_channels = out_channels;
+    geometry.out_height = out_height;
+    geometry.out_width = out_width;
+    geometry.pad_h = padding[0];
+    geometry.pad_w = padding[1];
+    geometry.tile_rows = ceil_div(out_height, geometry.tile);
+    geometry.tile_columns = ceil_div(out_width, geometry.tile);
+    geometry.in_channels = 0;
+    for (const Tensor& x : inputs) {
+      tensors.push_back(with_dense_channels(x));
+      views.push_back(view(tensors.back()));
+      geometry.in_channels += x.size(1);
+    }
+    geometry.inputs = views.data();
+    geometry.input_count = static_cast<int64_t>(views.size());
+    geometry.prologue = prologue.prologue;
+    tiles = inputs[0].size(0) * geometry.tile_rows * geometry.tile_columns;
+  }
+  Images(const Images&) = delete;
+
+  PrologueValues prologue;
+  std::vector<Tensor> tensors;
+  std::vector<ImageView> views;
+  WinogradGeometry geometry{};
+  int64_t tiles;
+};
+
+// Tiles of a block, so that all blocks are nearly equal and none has more than `most`.
+int64_t equal_blocks(int64_t tiles, int64_t most) {
+  return ceil_div(tiles, ceil_div(tiles, std::max<int64_t>(most, 1)));
+}
+
+// Of the convolution. Few channels: what a block needs stays in the second-level cache. Many: there
+// the weight does not, and is used for more tiles each time it is read.
+int64_t convolution_block(const WinogradGeometry& g, int64_t tiles) {
+  const int64_t channels = g.in_channels + g.out_channels;
+  const int64_t wanted = (channels <= 256 ? 56 : 112) * (g.tile == 4 ? 1 : 2);
+  const int64_t bytes = points(g.tile) * (channels + 64) * static_cast<int64_t>(sizeof(float));
+  return equal_blocks(tiles, std::min(wanted, kOperandBytes / bytes));
+}
+
+// Of the gradient of the weight: a block's operands are written and read once, the product is read
+// and written once per block. So the operands are twice as large as the product, within bounds: in
+// the second-level cache beside a small product, and what the workspace allows beside a large one.
+int64_t gradient_block(const WinogradGeometry& g, int64_t tiles) {
+  const int64_t float_points = points(g.tile) * static_cast<int64_t>(sizeof(float));
+  const int64_t wanted =
+      std::clamp(2 * float_points * g.in_channels * g.out_channels, kCacheBytes, kOperandBytes);
+  return equal_blocks(tiles, wanted / (float_points * (g.in_channels + g.out_channels + 64)));
+}
+
+// Sums of a convolution's blocks, in the order of the blocks.
+struct BlockSums {
+  BlockSums(int64_t blocks, int64_t channels_, bool wanted)
+      : channels(channels_),
+        counts(blocks),
+        first(wanted ? blocks * channels_ : 0),
+        second(first) {}
+
+  double* first_at(int64_t block) { return first.data() + (first.empty() ? 0 : block * channels); }
+  double* second_at(int64_t block) {
+    return second.data() + (second.empty() ? 0 : block * channels);
+  }
+
+  // Chan, Golub and LeVeque's merge of (count, mean, M2): mean and variance of everything.
+  void merge_statistics() {
+    double total = static_cast<double>(counts[0]);
+    for (size_t block = 1; block < counts.size(); ++block) {
+      const double count = static_cast<double>(counts[block]), sum = total + count;
+      for (int64_t c = 0; c < channels; ++c) {
+        const double delta = first_at(block)[c] - first[c];
+        first[c] += delta * (count / sum);
+        second[c] += second_at(block)[c] + delta * delta * (total * count / sum);
+      }
+      total = sum;
+    }
+    for (int64_t c = 0; c < channels; ++c) second[c] /= total;
+  }
+  void add_up() {
+    for (size_t block = 1; block < counts.size(); ++block) {
+      for (int64_t c = 0; c < channels; ++c) {
+        first[c] += first_at(block)[c];
+        second[c] += second_at(block)[c];
+      }
+    }
+  }
+
+  int64_t channels;
+  std::vector<int64_t> counts;
+  std::vector<double> first, second;  // of all blocks; merged, in the first `channels`
+};
+
+// All blocks of a convolution.
+void convolve_blocks(const WinogradGeometry& g, const WinogradOutput& output, int64_t tiles,
+                     int64_t block, BlockSums& sums) {
+  const WinogradKernels& k = kernels();
+  const int64_t blocks = ceil_div(tiles, block), panels = ceil_div(g.out_channels, k.panel);
+  const auto operands_of = [&](int64_t i, float* inputs) {
+    return WinogradOperands{inputs, nullptr, i * block, std::min(block, tiles - i * block), block};
+  };
+  const int64_t operand_size = k.operand_size(g.tile, g.in_channels, block);
+  if (blocks >= at::get_num_threads()) {
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      const Tensor inputs = float_buffer(operand_size);
+      const Tensor space = float_buffer(k.workspace_size(g, block, g.out_channels));
+      for (int64_t i = begin; i < end; ++i) {
+        const WinogradOperands operands = operands_of(i, inputs.mutable_data_ptr<float>());
+        k.transform_inputs(g, operands, 0, operands.tiles);
+        sums.counts[i] =
+            k.convolve(g, output, operands, {0, g.out_channels}, space.mutable_data_ptr<float>(),
+                       sums.first_at(i), sums.second_at(i));
+      }
+    });
+    return;
+  }
+  // Fewer blocks than threads: each block by all of them, first its tiles, then its channels.
+  const Tensor inputs = float_buffer(operand_size);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const WinogradOperands operands = operands_of(i, inputs.mutable_data_ptr<float>());
+    at::parallel_for(0, operands.tiles, 4, [&](int64_t begin, int64_t end) {
+      k.transform_inputs(g, operands, begin, end);
+    });
+    at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      const ChannelRange range{begin * k.panel, std::min(end * k.panel, g.out_channels)};
+      const Tensor space = float_buffer(k.workspace_size(g, block, range.end - range.begin));
+      double* first = sums.first_at(i) + (sums.first.empty() ? 0 : range.begin);
+      double* second = sums.second_at(i) + (sums.first.empty() ? 0 : range.begin);
+      const int64_t count =
+          k.convolve(g, output, operands, range, space.mutable_data_ptr<float>(), first, second);
+      if (begin == 0) sums.counts[i] = count;
+    });
+  }
+}
+
+Tensor transform_weight(const WeightView& weight, int tile, int64_t in_channels,
+                        int64_t out_channels) {
+  const WinogradKernels& k = kernels();
+  Tensor transformed = float_buffer(k.weight_size(tile, in_channels, out_channels));
+  float* data = transformed.mutable_data_ptr<float>();
+  at::parallel_for(0, ceil_div(out_channels, k.panel), 1, [&](int64_t begin, int64_t end) {
+    k.transform_weight(tile, weight, in_channels,
+                       {begin * k.panel, std::min(end * k.panel, out_channels)}, data);
+  });
+  return transformed;
+}
+
+Tensor to_tensor(const std::vector<double>& values, int64_t count, const Tensor& like) {
+  Tensor t = at::empty({count}, like.options().dtype(at::kFloat));
+  float* data = t.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < count; ++i) data[i] = static_cast<float>(values[i]);
+  return t;
+}
+
+}  // namespace
+
+int winograd_tile(int64_t out_height, int64_t out_width) {
+  const auto multiplications = [&](int64_t tile) {
+    return points(static_cast<int>(tile)) * ceil_div(out_height, tile) * ceil_div(out_width, tile);
+  };
+  return multiplications(2) < multiplications(4) ? 2 : 4;
+}
+
+Tensor winograd_transform_weight(const Tensor& weight, bool turned, int tile) {
+  const int64_t in_channels = weight.size(turned ? 0 : 1),
+                out_channels = weight.size(turned ? 1 : 0);
+  return transform_weight(weight_view(weight, turned), tile, in_channels, out_channels);
+}
+
+bool is_transformed_weight(const Tensor& transformed, at::IntArrayRef weight_size, int tile) {
+  return transformed.scalar_type() == at::kFloat && transformed.is_contiguous() &&
+         transformed.numel() == kernels().weight_size(tile, weight_size[1], weight_size[0]);
+}
+
+std::tuple<Tensor, Tensor> winograd_forward(at::TensorList inputs, const ChannelPrologue& prologue,
+                                            const Tensor& weight, bool turned,
+                                            at::IntArrayRef padding,
+                                            const ConvolutionEpilogue& epilogue,
+                                            const Tensor* transformed, const Tensor& out) {
+  const Images images(inputs, prologue, padding, out.size(1), out.size(2), out.size(3));
+  const WinogradGeometry& g = images.geometry;
+  const int64_t block = convolution_block(g, images.tiles);
+
+  WinogradOutput output;
+  output.raw_weight = weight_view(weight, turned);
+  // A weight that is used by one block alone is transformed on the way.
+  const bool on_the_way = transformed == nullptr && block >= images.tiles;
+  Tensor at_points = transformed ? *transformed : Tensor();
+  if (!transformed && !on_the_way) {
+    at_points = transform_weight(output.raw_weight, g.tile, g.in_channels, g.out_channels);
+  }
+  if (!on_the_way) output.weight = at_points.const_data_ptr<float>();
+  output.out = view(out);
+
+  std::vector<float> bias, mean;
+  if (epilogue.bias) bias = padded_vector(*epilogue.bias);
+  if (epilogue.bias) output.bias = bias.data();
+  Tensor addend, argument;
+  if (epilogue.addend) {
+    addend = with_dense_channels(*epilogue.addend);
+    output.addend = view(addend);
+  }
+  output.activation = epilogue.activation;
+  output.negative_slope = static_cast<float>(epilogue.negative_slope);
+  const PrologueValues derivative(epilogue.derivative);
+  output.derivative = derivative.prologue;
+  if (epilogue.argument) {
+    argument = with_dense_channels(*epilogue.argument);
+    output.argument = view(argument);
+  }
+  if (epilogue.statistics) output.sums = Sums::statistics;
+  if (epilogue.mean) {
+    output.sums = Sums::gradient;
+    mean = padded_vector(*epilogue.mean);
+    output.mean = mean.data();
+  }
+
+  BlockSums sums(ceil_div(images.tiles, block), g.out_channels, output.sums != Sums::none);
+  convolve_blocks(g, output, images.tiles, block, sums);
+  if (output.sums == Sums::statistics) {
+    sums.merge_statistics();
+  } else if (output.sums == Sums::gradient) {
+    sums.add_up();
+    const std::vector<double> invstd = to_vector(*epilogue.invstd);
+    for (int64_t c = 0; c < g.out_channels; ++c) sums.second[c] *= invstd[c];
+  }
+  const int64_t count = output.sums == Sums::none ? 0 : g.out_channels;
+  return {to_tensor(sums.first, count, out), to_tensor(sums.second, count, out)};
+}
+
+void winograd_backward_weight(const Tensor& grad_y, at::TensorList inputs,
+                              const ChannelPrologue& prologue, at::IntArrayRef padding,
+                              const Tensor& grad_weight) {
+  const WinogradKernels& k = kernels();
+  const Images images(inputs, prologue, padding, grad_y.size(1), grad_y.size(2), grad_y.size(3));
+  const WinogradGeometry& g = images.geometry;
+  const Tensor grad = with_dense_channels(grad_y);
+  const ImageView grad_view = view(grad);
+  const WeightView out = weight_view(grad_weight, false);
+  const int64_t block = gradient_block(g, images.tiles), blocks = ceil_div(images.tiles, block);
+  // A unit of work is the product of some input channels, the columns, and some output channels,
+  // the rows. There is one for each thread at least; which unit a value is in does not change it.
+  const int64_t most_columns = ceil_div(ceil_div(g.in_channels, k.panel), at::get_num_threads());
+  const int64_t rows_bytes = points(g.tile) * g.out_channels * static_cast<int64_t>(sizeof(float));
+  const int64_t fitting = std::max<int64_t>(kProductBytes / rows_bytes / k.panel, 1) * k.panel;
+  const int64_t columns = std::min({most_columns * k.panel, fitting, kGradientColumns});
+  const int64_t rows = equal_blocks(g.out_channels, kGradientRows);
+  const int64_t column_ranges = ceil_div(g.in_channels, columns);
+  const int64_t row_ranges = ceil_div(g.out_channels, rows);
+  const int64_t unit_size = k.product_size(g.tile, columns, rows);
+  // With several blocks the products of all units wait for the next one; of as many as may wait.
+  const int64_t range_bytes = row_ranges * unit_size * static_cast<int64_t>(sizeof(float));
+  const int64_t group = blocks == 1
+                            ? column_ranges
+                            : std::clamp<int64_t>(kProductBytes / range_bytes, 1, column_ranges);
+
+  const Tensor inputs_at_points = float_buffer(k.operand_size(g.tile, g.in_channels, block));
+  const Tensor gradients_at_points = float_buffer(k.operand_size(g.tile, g.out_channels, block));
+  const Tensor products = float_buffer(blocks == 1 ? 0 : group * row_ranges * unit_size);
+  WinogradOperands operands{inputs_at_points.mutable_data_ptr<float>(),
+                            gradients_at_points.mutable_data_ptr<float>(), 0, 0, block};
+  for (int64_t first = 0; first < column_ranges; first += group) {
+    const int64_t units = std::min(group, column_ranges - first) * row_ranges;
+    for (int64_t i = 0; i < blocks; ++i) {
+      operands.first_tile = i * block;
+      operands.tiles = std::min(block, images.tiles - i * block);
+      at::parallel_for(0, operands.tiles, 4, [&](int64_t begin, int64_t end) {
+        k.transform_inputs(g, operands, begin, end);
+        k.transform_gradients(g, grad_view, operands, begin, end);
+      });
+      at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+        const Tensor own = float_buffer(blocks == 1 ? unit_size : 0);
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const int64_t c = (first + unit / row_ranges) * columns;
+          const int64_t row = unit % row_ranges * rows;
+          float* product = blocks == 1 ? own.mutable_data_ptr<float>()
+                                       : products.mutable_data_ptr<float>() + unit * unit_size;
+          k.gradient(g, operands, {c, std::min(c + columns, g.in_channels)},
+                     {row, std::min(row + rows, g.out_channels)}, i > 0, i + 1 == blocks, product,
+                     out);
+        }
+      });
+    }
+  }
+}
+
+}  // namespace resops

@@ -1,0 +1,125 @@
+"""The phases of a convolution as ops: what their kernels return, without running them.
+
+:mod:`resops.reference.conv_bn_act` defines ``conv_bn_act_forward``, ``conv_bn_act_backward_data``
+and ``conv_bn_act_backward_weight``; csrc/conv_bn_act.cpp has the schemas and argument checks of
+``torch.ops.resops``, triton_kernels/conv_bn_act.py the checks of ``torch.ops.resops_triton``.
+Whatever the layout of the arguments, y, g and the gradient of the weight are channels-last: the
+kernels walk over channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native, _triton
+from ..reference import conv_bn_act as reference
+from ..reference.layout import empty_channels_last
+
+
+def output_size(
+    input_size: list[int],
+    weight_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> list[int]:
+    """Size of a convolution's output, (N, C, *spatial)."""
+    spans = zip(input_size[2:], weight_size[2:], stride, padding, dilation, strict=True)
+    spatial = [(x + 2 * pad - gap * (k - 1) - 1) // step + 1 for x, k, step, pad, gap in spans]
+    return [input_size[0], weight_size[0], *spatial]
+
+
+def _per_channel(like: Tensor, channels: int, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Two vectors of statistics or sums; empty ones where they are not wanted."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    size = channels if wanted else 0
+    return like.new_empty(size, dtype=dtype), like.new_empty(size, dtype=dtype)
+
+
+def fake_forward(
+    inputs: list[Tensor],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    prologue: str,
+    prologue_slope: float,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = inputs[0]
+    size = output_size(list(x.shape), list(conv_weight.shape), stride, padding, dilation)
+    return empty_channels_last(x, size), *_per_channel(x, size[1], statistics)
+
+
+def fake_backward_data(
+    grad_y: Tensor,
+    conv_weight: Tensor,
+    input_size: list[int],
+    x: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    prologue: str,
+    prologue_slope: float,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    addend: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    g = empty_channels_last(grad_y, input_size)
+    return g, *_per_channel(grad_y, input_size[1], mean is not None)
+
+
+def fake_backward_weight(
+    grad_y: Tensor,
+    inputs: list[Tensor],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    prologue: str,
+    prologue_slope: float,
+    weight_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    return empty_channels_last(grad_y, weight_size)
+
+
+def fake_folded(
+    x: Tensor,
+    conv_weight: Tensor,
+    at_points: Tensor,
+    conv_bias: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    padding: list[int],
+) -> Tensor:
+    size = output_size(list(x.shape), list(conv_weight.shape), [1, 1], padding, [1, 1])
+    return empty_channels_last(x, size)
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "forward": fake_forward,
+    "backward_data": fake_backward_data,
+    "backward_weight": fake_backward_weight,
+}
+
+if _native.module is not None:
+    torch.library.register_fake("resops::conv_bn_act_folded", fake_folded)
+    for phase, fake in FAKES.items():
+        torch.library.register_fake(f"resops::conv_bn_act_{phase}", fake)
+
+for phase, fake in FAKES.items():
+    _triton.register("conv_bn_act", phase, getattr(reference, f"conv_bn_act_{phase}"), fake)

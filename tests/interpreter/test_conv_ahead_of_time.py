@@ -1,0 +1,203 @@
+"""The Triton convolutions, compiled for GPUs that are not there, in every tile of the table.
+
+No register may spill, ptxas may not serialise wgmma (its messages C7510 to C7519), and shared
+memory must fit. On sm_90 the main loop is read in the machine code: what it does for every HGMMA is
+printed (pytest -rP) and bounded. A few on sm_90 by default, all with -m slow.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from tests.interpreter.ahead_of_time import (
+    CAPABILITIES,
+    Compiled,
+    Launch,
+    compile_launch,
+    launches_of,
+)
+from tests.interpreter.kernels import import_kernels
+
+kernels, launch, tiles = (import_kernels(name) for name in ("conv_bn_act", "launch", "tiles"))
+BF16, FP32 = torch.bfloat16, torch.float32
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block
+REGISTERS = 65536  # of a multiprocessor
+# Of an HGMMA in the main loop, what the present code needs and a little: instructions, barriers
+# and stores to shared memory, for phase, taps and prologue. An HGMMA is 64 rows by the columns of
+# the tile by 16 of depth.
+BOUNDS = {
+    ("forward", "1x1", "plain"): (40, 0.5, 0),
+    ("forward", "kxk", "plain"): (60, 0.5, 0),
+    ("forward", "1x1", "prologue"): (80, 0.5, 0),
+    ("forward", "kxk", "prologue"): (120, 0.75, 1),
+    ("backward_data", "1x1", "plain"): (40, 0.5, 0),
+    ("backward_data", "kxk", "plain"): (60, 0.5, 0),
+    ("backward_data", "1x1", "prologue"): (40, 0.5, 0),
+    ("backward_data", "kxk", "prologue"): (60, 0.5, 0),
+    ("backward_weight", "1x1", "plain"): (45, 0.5, 0),
+    ("backward_weight", "kxk", "plain"): (110, 0.5, 0),
+    ("backward_weight", "1x1", "prologue"): (110, 1.25, 1),
+    ("backward_weight", "kxk", "prologue"): (170, 1.25, 1),
+}
+CLASSES = [
+    (phase, taps, prologue, columns)
+    for (phase, taps, prologue), columns in itertools.product(BOUNDS, (16, 32, 64, 128))
+]
+QUICK = {
+    ("forward", "1x1", "prologue", 128),
+    ("forward", "kxk", "plain", 64),
+    ("backward_data", "1x1", "prologue", 128),
+    ("backward_weight", "1x1", "prologue", 128),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu_and_an_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(launch, "DEVICES", {"cpu"})
+    monkeypatch.setattr(kernels, "processors", lambda device: 132)
+    monkeypatch.setenv("RESOPS_TILES", "off")
+    tiles._users_table.cache_clear()
+    yield
+    tiles._users_table.cache_clear()
+
+
+def call(phase: str, taps: str, prologue: str, columns: int, dtype: torch.dtype) -> None:
+    """One phase with everything that can be in it: statistics, sums."""
+    other, size = 256, 14
+    C, filters = (columns, other) if phase == "backward_data" else (other, columns)
+    kernel = 1 if taps == "1x1" else 3
+    geometry = ([1, 1], [kernel // 2] * 2, [1, 1])
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+
+    x, y = empty(8, C, size, size), empty(8, filters, size, size)
+    weight, vector = empty(filters, C, kernel, kernel), torch.empty(C)
+    before: tuple[Any, ...] = (None, None, "identity", 0.0)
+    normed: tuple[Any, ...] = (None, *before, None, None, None)
+    if prologue == "prologue":
+        before = (vector, vector, "relu", 0.0)
+        normed = (x, *before, vector, vector, None)
+    if phase == "forward":
+        after = (None, None, "identity", 0.0)
+        kernels.conv_bn_act_forward([x], *before, weight, *after, *geometry, True)
+    elif phase == "backward_data":
+        kernels.conv_bn_act_backward_data(y, weight, list(x.shape), *normed, *geometry)
+    else:
+        kernels.conv_bn_act_backward_weight(y, [x], *before, list(weight.shape), *geometry)
+
+
+@functools.cache
+def compiled_once(launch: Launch, capability: int) -> Compiled:
+    """Kernels that merge are the same for many calls."""
+    return compile_launch(launch, capability)
+
+
+def compiled(
+    monkeypatch: pytest.MonkeyPatch, capability: int, dtype: torch.dtype, *shape: Any
+) -> list[Compiled]:
+    """What the launches of a call become; those of merging kernels too."""
+    monkeypatch.setattr(tiles, "_capability", lambda device: capability)
+    label = " ".join(map(str, shape)) + f" {str(dtype).removeprefix('torch.')}"
+    arguments: Any = (*shape, dtype)
+    launches = dict.fromkeys(launches_of(lambda: call(*arguments), label))
+    results = [
+        replace(compiled_once(replace(launch, label=""), capability), launch=launch)
+        for launch in launches
+    ]
+    for result in results:
+        print(result)
+        assert result.stack == 0, str(result)
+        assert result.serialised == [], str(result)
+        assert result.shared <= SHARED_MEMORY[capability], str(result)
+        warps = dict(result.launch.options).get("num_warps", 4)
+        assert result.registers * 32 * warps <= REGISTERS, str(result)
+    assert sum(f"{shape[0]}_kernel" in r.launch.name for r in results) == 1
+    return results
+
+
+def check_main_loop(result: Compiled, shape: tuple[Any, ...]) -> None:
+    loop = result.main_loop()
+    assert loop is not None, str(result)
+    assert loop.full_waits == 0, str(result)
+    found = [loop.per_product(what) for what in ("instructions", "barriers", "shared_stores")]
+    assert all(n <= most for n, most in zip(found, BOUNDS[shape[:3]], strict=True)), str(result)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow, id=" ".join(map(str, c)))
+        for c in CLASSES
+    ],
+)
+def test_every_entry_for_sm_90(shape: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (90, 16, " ".join(map(str, shape))) in tiles.TABLE
+    for result in compiled(monkeypatch, 90, BF16, *shape):
+        if f"{shape[0]}_kernel" in result.launch.name:
+            check_main_loop(result, shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [c for c in CAPABILITIES if c != 90])
+@pytest.mark.parametrize(
+    "shape", [c for c in CLASSES if c[3] in (32, 128)], ids=lambda shape: " ".join(map(str, shape))
+)
+def test_other_architectures(
+    shape: tuple[Any, ...], capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled(monkeypatch, capability, BF16, *shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "precision"), [*((c, "tf32") for c in CAPABILITIES), (90, "ieee")]
+)
+@pytest.mark.parametrize(
+    "shape", [c for c in CLASSES if c[3] == 128], ids=lambda shape: " ".join(map(str, shape))
+)
+def test_float32(
+    shape: tuple[Any, ...], precision: str, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With TF32 and without: tensor cores where torch allows them only."""
+    monkeypatch.setattr(kernels, "_precision", lambda dtype: precision)
+    for result in compiled(monkeypatch, capability, FP32, *shape):
+        assert ("tf32" in result.ptx) == (
+            precision == "tf32" and f"{shape[0]}_kernel" in result.launch.name
+        ), str(result)
+
+
+def test_tf32_follows_the_setting_of_torch() -> None:
+    cudnn: Any = torch.backends.cudnn
+    setting = cudnn.conv
+    before = setting.fp32_precision
+    try:
+        for value in ("ieee", "tf32"):
+            setting.fp32_precision = value
+            assert kernels._precision(FP32) == value and kernels._precision(BF16) == "ieee"
+    finally:
+        setting.fp32_precision = before
+
+
+def test_every_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launches above are of all kernels of the op, and of the table's every class."""
+    monkeypatch.setattr(tiles, "_capability", lambda device: 90)
+    seen = {
+        launch.name
+        for shape in CLASSES
+        for launch in launches_of(functools.partial(call, *shape, BF16))
+    }
+    names = {name for name in vars(kernels) if name.endswith("_kernel")}
+    assert seen == names
+    assert {" ".join(map(str, shape)) for shape in CLASSES} == tiles.CLASSES
