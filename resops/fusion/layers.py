@@ -153,7 +153,7 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 def returns_its_input(module: nn.Module) -> bool:
     """Whether ``module`` is nn.Identity, or a dropout of nothing, as MONAI puts everywhere."""
-    return type(module) is nn.Identity or (type(module) in _DROPOUTS and module.p == 0)
+    return type(module) is nn.Identity or (type(module) in _DROPOUTS and bool(module.p == 0))
 
 
 def is_identity(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from timm.layers import BatchNormAct2d as _BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d as _BatchNormAct2d
 from torch import Tensor
 
 from ..nn import batch_norm
@@ -14,7 +14,7 @@ from ..nn import batch_norm
 __all__ = ["BatchNormAct2d"]
 
 
-class BatchNormAct2d(batch_norm.BatchNormAct2d, _BatchNormAct2d):  # type: ignore[misc]
+class BatchNormAct2d(batch_norm.BatchNormAct2d, _BatchNormAct2d):
     """:class:`resops.nn.BatchNormAct2d`, which for timm is one of its own layers."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -28,7 +28,7 @@ def test_timms_layer() -> None:
 
 def test_monais_norm() -> None:
     pytest.importorskip("monai")
-    from monai.networks.blocks import Convolution
+    from monai.networks.blocks.convolutions import Convolution
 
     from resops.integrations.monai import NAME
 
