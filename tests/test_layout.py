@@ -125,6 +125,7 @@ LEVELS = {
     "resops.tune": 8,
     "resops.models": 7,
     "resops.fusion": 7,
+    "resops.integrations": 7,
     "resops.nn": 6,
     "resops.functional": 5,
     "resops.ops": 4,

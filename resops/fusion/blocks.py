@@ -55,6 +55,7 @@ class Plan:
         paths = dict.fromkeys(path for step in steps for path in step.children())
         if any(step.norm == () for step in steps):
             paths = {path: None for path in paths if path}
+        self.identities = tuple(path for step in steps for path in step.identities)
         lists = {path[:i] for path in paths for i in range(len(path))}
         paths |= dict.fromkeys(inlined)
         self.children = tuple((path, type(layers.child(block, path))) for path in paths)
@@ -89,8 +90,11 @@ class Plan:
         for path, names in self.names:
             if _child_names(_find(block, path)) != names:
                 return False
-        for path, kind in self.children:  # noqa: SIM110 - a generator takes longer
+        for path, kind in self.children:
             if not _is_plain(_find(block, path), kind):
+                return False
+        for path in self.identities:  # noqa: SIM110 - a generator takes longer
+            if not layers.returns_its_input(_find(block, path)):
                 return False
         return True
 
@@ -109,6 +113,9 @@ class Plan:
                 return f"{'.'.join(path)} is now a {type(module).__name__}"
             if not _is_plain(module, kind):
                 return f"{'.'.join(path)} has hooks"
+        for path in self.identities:
+            if not layers.returns_its_input(_find(block, path)):
+                return f"{'.'.join(path)} does not return its input any more"
         return ""
 
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..reference.conv_bn_act import fold as folded_parameters
 from . import layers
@@ -54,7 +55,7 @@ def _fold(block: nn.Module, conv_path: layers.Path, norm_path: layers.Path) -> N
     mean, var = statistics
     if mean is None or var is None:
         return
-    assert isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    assert isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) and isinstance(norm, _BatchNorm)
     with torch.no_grad():
         weight, bias = folded_parameters(
             conv.weight, conv.bias, mean, var, norm.weight, norm.bias, norm.eps

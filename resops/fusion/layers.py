@@ -148,9 +148,17 @@ def only_reads(module: nn.Module) -> bool:
     return known and is_plain(module)
 
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+def returns_its_input(module: nn.Module) -> bool:
+    """Whether ``module`` is nn.Identity, or a dropout of nothing, as MONAI puts everywhere."""
+    return type(module) is nn.Identity or (type(module) in _DROPOUTS and bool(module.p == 0))
+
+
 def is_identity(module: nn.Module) -> bool:
-    """Whether ``module`` returns its input."""
-    return type(module) is nn.Identity and is_plain(module)
+    """Whether calling ``module`` returns its input and does nothing else."""
+    return returns_its_input(module) and is_plain(module)
 
 
 def is_activation(module: nn.Module) -> bool:

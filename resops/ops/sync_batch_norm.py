@@ -91,10 +91,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
         kept = residual if activation in SMOOTH_ACTIVATIONS else None
         ctx.save_for_backward(x, kept, weight, bias, mean, invstd, mask)
         ctx.call = (phases, group, count, activation, negative_slope)
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, residual, weight, bias, mean, invstd, mask = ctx.saved_tensors
         phases, group, count, activation, negative_slope = ctx.call

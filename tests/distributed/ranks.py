@@ -310,8 +310,9 @@ def check_fsdp2() -> None:
     for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None
         assert_near(ours.grad.full_tensor(), theirs.grad)
+    wrapped: Any = fully_shard(Residual())
     with pytest.raises(ValueError, match="FSDP"):
-        resops.fuse(nn.Sequential(fully_shard(Residual())))
+        resops.fuse(wrapped)
 
 
 CHECKS = {
@@ -323,7 +324,7 @@ CHECKS = {
 
 def main(processes: int, file: str, number: int, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(file, processes)
+    store = torch._C._distributed_c10d.FileStore(file, processes)
     dist.init_process_group("gloo", store=store, rank=number, world_size=processes)
     for name in names:
         torch.manual_seed(0)

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.models, pytest.mark.usefixtures("one_thread")]
 # Name, and how many of its norms are fused at least.
 QUICK = {
     "torchvision resnet18": 20,
-    "torchvision densenet121": 120,
+    "torchvision densenet121": 121,
     "torchvision mobilenet_v2": 52,
     "torchvision regnet_y_400mf": 53,
     "timm resnet18": 20,

@@ -487,6 +487,20 @@ def test_changes_after_fuse_are_seen(change: Any) -> None:
             assert_near(fused(x), plain(x))
 
 
+def test_a_dropout_of_nothing_is_looked_through() -> None:
+    """As MONAI's blocks have it; one that drops something later is seen."""
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.0), nn.ReLU()]
+    fused, plain = pair(nn.Sequential(*layers))
+    assert [entry.pattern for entry in resops.fuse_report(fused).fused] == ["Conv+BN+ReLU"]
+    for p in (0.0, 0.5):
+        fused[2].p = plain[2].p = p
+        results = []
+        for model in (fused, plain):
+            torch.manual_seed(1)
+            results.append(model(torch.ones(IMAGE, dtype=torch.float64) * torch.rand(6, 7)))
+        assert_near(*results)
+
+
 def test_an_attribute_that_the_forward_looked_at() -> None:
     class Switch(nn.Module):
         def __init__(self) -> None:
