@@ -80,11 +80,12 @@ def program(op: str) -> Path:
 
 def build_programs(gpu: Gpu) -> list[list[str]]:
     architecture = gpu.capability.replace(".", "")
+    # Before those of FLAGS: csrc has headers of the same names, for torch.
     includes = [f"-I{ROOT / folder}" for folder in ("csrc/cuda", "tests/simt")]
     commands = [["mkdir", "-p", str(BUILD)]]
     for op in OPS:
         sources = [ROOT / f"tests/simt/kernels/{op}.cpp", ROOT / f"csrc/cuda/{op}.cu"]
-        command = [find_nvcc() or "nvcc", *FLAGS, *includes, f"-arch=sm_{architecture}", "-x", "cu"]
+        command = [find_nvcc() or "nvcc", *includes, *FLAGS, f"-arch=sm_{architecture}", "-x", "cu"]
         commands.append([*command, *map(str, sources), "-o", str(program(op))])
     return commands
 
