@@ -1,12 +1,16 @@
 """What is to be proven and timed on a machine with a GPU, in runs of at most ten minutes.
 
-    python -m bench.gpu_gate prove|models|compile [--stage NAME ...] [--again] [--output FILE]
+    python -m bench.gpu_gate JOB [--stage NAME ...] [--again] [--output FILE]
 
-``prove``: build for the GPU present, the kernels alone and under compute-sanitizer, the GPU tests,
-the time of every BatchNorm of ResNet-50. ``models``: training step and inference. ``compile``:
-torch.compile of ResNet-50. A job runs its stages in order and begins none that has no time left;
-each stage appends a row of JSON to the output as it ends, a failed one too, and the next begins. A
-stage that passed on the same GPU at the same commit is not run again: start the job again to go on.
+The jobs: ``prove``: build for the GPU present, the kernels alone and under compute-sanitizer, the
+GPU tests, bandwidth against slab width, the time of every BatchNorm of ResNet-50 and DenseNet-121.
+``models``: training step and inference. ``compile``: torch.compile of ResNet-50. ``convolutions``:
+those of ResNet-50 and DenseNet-121, fused against cuDNN; ``convolutions-compiled``: against
+torch.compile too (bench/gpu_convolutions.py, which makes the package's table of the rows in
+build/gpu_gate/convolutions.jsonl). A job runs its stages in order and begins none that has no time
+left; each stage appends a row of JSON to the output as it ends, a failed one too, and the next
+begins. A stage that passed on the same GPU at the same commit is not run again: start the job again
+to go on.
 
 Without a GPU nothing is run: the list of what was not, and exit status 0.
 """
@@ -14,6 +18,7 @@ Without a GPU nothing is run: the list of what was not, and exit status 0.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -24,7 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import environment
+from bench import environment, gpu_convolutions
+from bench.convolution_shapes import NETWORKS
 from bench.timing import Deadline
 from tests.lanes.ptxas import FLAGS, find_nvcc
 
@@ -32,7 +38,20 @@ ROOT = environment.ROOT
 BUILD = ROOT / "build" / "gpu_gate"
 JOB_SECONDS = 530.0
 TAIL = 4000  # characters of output that a row keeps
-OPS = ("batch_norm", "conv_bn_act", "residual_add")
+# The programs of tests/simt/kernels: the cases that are small and run every instance, and what else
+# their launchers need.
+PROGRAMS: dict[str, tuple[str, ...]] = {
+    "batch_norm": ("flags", "walks"),
+    "batch_norm_slab": ("flags", "shapes"),
+    "batch_norm_act_max_pool": ("flags", "shapes"),
+    "conv_bn_act": ("flags", "windows", "statistics"),
+    "residual_add": ("flags", "wanted"),
+}
+ALSO = {
+    "batch_norm": ["batch_norm_slab"],
+    "batch_norm_slab": ["batch_norm"],
+    "batch_norm_act_max_pool": ["batch_norm"],
+}
 
 
 @dataclass(frozen=True)
@@ -83,26 +102,43 @@ def build_programs(gpu: Gpu) -> list[list[str]]:
     # Before those of FLAGS: csrc has headers of the same names, for torch.
     includes = [f"-I{ROOT / folder}" for folder in ("csrc/cuda", "tests/simt")]
     commands = [["mkdir", "-p", str(BUILD)]]
-    for op in OPS:
-        sources = [ROOT / f"tests/simt/kernels/{op}.cpp", ROOT / f"csrc/cuda/{op}.cu"]
+    for op in PROGRAMS:
+        sources = [ROOT / f"tests/simt/kernels/{op}.cpp"]
+        sources += [ROOT / f"csrc/cuda/{launchers}.cu" for launchers in (op, *ALSO.get(op, []))]
         command = [find_nvcc() or "nvcc", *includes, *FLAGS, f"-arch=sm_{architecture}", "-x", "cu"]
         commands.append([*command, *map(str, sources), "-o", str(program(op))])
     return commands
 
 
 def run_programs(gpu: Gpu) -> list[list[str]]:
-    return [[str(program(op))] for op in OPS]
+    return [[str(program(op))] for op in PROGRAMS]
+
+
+def slab_bandwidth(gpu: Gpu) -> list[list[str]]:
+    """The experiment of bench/slab_bandwidth.cu, whose table is the row's output."""
+    binary = str(BUILD / "slab_bandwidth")
+    architecture = gpu.capability.replace(".", "")
+    command = [find_nvcc() or "nvcc", *FLAGS, f"-arch=sm_{architecture}"]
+    command += [str(ROOT / "bench/slab_bandwidth.cu"), "-o", binary]
+    return [["mkdir", "-p", str(BUILD)], command, [binary]]
+
+
+def compile_triton(gpu: Gpu) -> list[list[str]]:
+    return [python("-m", "bench.compile_triton", gpu.capability.replace(".", ""))]
+
+
+def time_ops(gpu: Gpu) -> list[list[str]]:
+    """Rows of their own, appended as they are found: a second run goes on where the first ended."""
+    rows = str(BUILD / "batch_norm_times.jsonl")
+    return [python("-m", "bench.ops.gpu_batch_norm", "--seconds", "470", "--output", rows)]
 
 
 def sanitize(tool: str) -> Callable[[Gpu], list[list[str]]]:
     """All instances at small sizes under a tool of compute-sanitizer."""
-    cases = {
-        "batch_norm": ("flags", "walks"),
-        "conv_bn_act": ("flags", "windows", "statistics"),
-        "residual_add": ("flags", "wanted"),
-    }
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-    return lambda gpu: [[*command, str(program(op)), case] for op in OPS for case in cases[op]]
+    return lambda gpu: [
+        [*command, str(program(op)), case] for op, cases in PROGRAMS.items() for case in cases
+    ]
 
 
 def pytest(*arguments: str) -> list[str]:
@@ -115,10 +151,28 @@ def bench(*arguments: str) -> Callable[[Gpu], list[list[str]]]:
     return lambda gpu: [command]
 
 
+def convolutions(*more: str) -> tuple[Stage, ...]:
+    """A stage per network, batch size and phase; each goes on where it was stopped."""
+
+    def stage(network: str, batch: int, phase: str) -> Stage:
+        which = ("--network", network, "--batch", str(batch), "--phase", phase)
+        rows = ("--output", str(BUILD / "convolutions.jsonl"))
+        command = python("-m", "bench.gpu_convolutions", "measure", *which, *rows, *more)
+        what = f"{phase} of every convolution of {network} at batch {batch}, against cuDNN"
+        return Stage(f"{network} {batch} {phase}", what, 500, lambda gpu: [command])
+
+    return tuple(
+        stage(*which)
+        for which in itertools.product(NETWORKS, gpu_convolutions.BATCHES, gpu_convolutions.PHASES)
+    )
+
+
 _BLOCKING = {"CUDA_LAUNCH_BLOCKING": "1"}  # the programs read results right after a launch
+_NATIVE = {"RESOPS_BACKEND": "native"}  # on a GPU ``auto`` does not take these kernels yet
 JOBS: dict[str, tuple[Stage, ...]] = {
     "prove": (
         Stage("build", "the extension, for this GPU", 300, build_extension, {"RESOPS_CUDA": "1"}),
+        Stage("triton", "compile Triton kernels in a process pool", 300, compile_triton),
         Stage("programs", "compile torch-free programs that run every kernel", 300, build_programs),
         Stage("kernels", "every kernel against float64, rule R", 300, run_programs, _BLOCKING),
         *(
@@ -137,11 +191,13 @@ JOBS: dict[str, tuple[Stage, ...]] = {
             400,
             lambda gpu: [pytest("tests/gpu")],
         ),
+        Stage("slab bandwidth", "GB/s against the width of a slab", 200, slab_bandwidth),
         Stage(
             "times",
-            "every BatchNorm of ResNet-50 against eager, bf16 and fp16",
+            "every BatchNorm of ResNet-50 and DenseNet-121 against eager and torch.compile, bf16 "
+            "and fp16: microseconds, GB/s, share of a copy's",
             500,
-            bench("ops", "--full", "--batch", "256", "--dtypes", "bf16,fp16"),
+            time_ops,
         ),
         Stage(
             "convolutions",
@@ -156,6 +212,7 @@ JOBS: dict[str, tuple[Stage, ...]] = {
             f"training step and inference of ResNets at batch {batch}, bf16 and fp16",
             500,
             bench("models", "--batch", str(batch), "--dtypes", "bf16,fp16"),
+            _NATIVE,
         )
         for batch in (32, 256)
     ),
@@ -165,8 +222,11 @@ JOBS: dict[str, tuple[Stage, ...]] = {
             "ResNets against torch.compile at batch 256, bf16",
             500,
             bench("models", "--compile", "--batch", "256", "--dtypes", "bf16"),
+            _NATIVE,
         ),
     ),
+    "convolutions": convolutions(),
+    "convolutions-compiled": convolutions("--compile"),
 }
 
 

@@ -70,6 +70,25 @@ VARIANTS = tuple(
     | RESNET50
 )
 
+
+def _densenet(layers: tuple[int, ...], growth: int = 32, size: int = 56) -> Counter[BatchNormShape]:
+    """Of a DenseNet for images of 224x224 (Huang et al., 2017, Table 1)."""
+    found = Counter({_bn(64, 112, "relu"): 1})
+    channels = 64
+    for number, count in enumerate(layers):
+        for _ in range(count):
+            found[_bn(channels, size, "relu")] += 1
+            found[_bn(4 * growth, size, "relu")] += 1
+            channels += growth
+        last = number == len(layers) - 1
+        found[_bn(channels, size, "relu")] += 1
+        if not last:
+            channels, size = channels // 2, size // 2
+    return found
+
+
+DENSENET121 = _densenet((6, 12, 24, 16))
+
 # Timed at a size beyond the caches, against the bandwidth limit; the others only in full sweeps.
 BANDWIDTH_SHAPES = (_bn(64, 56, "relu"), _bn(256, 56, "add relu"))
 

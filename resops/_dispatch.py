@@ -42,6 +42,7 @@ def _native_devices() -> frozenset[str]:
 _KERNELS: dict[str, dict[str, frozenset[str]]] = {
     "native": {
         "batch_norm": _native_devices(),
+        "batch_norm_act_max_pool": _native_devices(),
         "residual_add": _native_devices(),
         "conv_bn_act": _native_devices(),
     },

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from .ops.basic_block import basic_block as _basic_block
 from .ops.batch_norm import batch_norm as _batch_norm
+from .ops.batch_norm_act_max_pool import batch_norm_act_max_pool as _batch_norm_act_max_pool
+from .ops.bottleneck import bottleneck as _bottleneck
 from .ops.conv_bn_act import conv_bn_act as _conv_bn_act
 from .ops.residual_add import residual_add as _residual_add
+from .ops.sync_batch_norm import sync_batch_norm as _sync_batch_norm
+from .reference.conv_norm import ConvNorm
 
-__all__ = ["batch_norm_act", "conv_bn_act", "residual_add"]
+__all__ = [
+    "ConvNorm",
+    "basic_block",
+    "batch_norm_act",
+    "batch_norm_act_max_pool",
+    "bottleneck",
+    "conv_bn_act",
+    "residual_add",
+]
 
 
 def batch_norm_act(
@@ -49,7 +63,10 @@ def batch_norm_act(
             are promoted as ``+`` would.
         activation: "relu", "leaky_relu", "silu", "gelu" (exact) or None.
         negative_slope: of leaky_relu.
-        process_group: for statistics over several processes; not there yet.
+        process_group: when training, take the statistics over all processes of this group of
+            torch.distributed, which make the call together, some of them perhaps with an empty
+            batch. One collective in each of the two passes. Gradients of weight and bias are those
+            of this process.
 
     Returns:
         Like ``input``, in its memory format (channels-last or contiguous).
@@ -59,11 +76,23 @@ def batch_norm_act(
             running statistics without the other; an unknown activation.
         RuntimeError: an argument whose size, dtype or device does not fit; no running statistics
             in evaluation.
-        NotImplementedError: an integer or complex input; ``process_group`` given.
+        NotImplementedError: an integer or complex input.
         BackendError: a backend chosen by name that cannot do this call.
     """
-    if process_group is not None:
-        raise NotImplementedError("batch_norm_act with a process_group is not implemented yet")
+    if process_group is not None and training:
+        return _sync_batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            momentum,
+            eps,
+            residual=residual,
+            activation=activation,
+            negative_slope=negative_slope,
+            process_group=process_group,
+        )
     return _batch_norm(
         input,
         running_mean,
@@ -74,6 +103,78 @@ def batch_norm_act(
         momentum,
         eps,
         residual=residual,
+        activation=activation,
+        negative_slope=negative_slope,
+    )
+
+
+def batch_norm_act_max_pool(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """Batch norm, activation and max-pool in one op: what follows the first convolution of a ResNet
+    (He et al., "Deep Residual Learning for Image Recognition", 2015, Table 1).
+
+    ``F.max_pool2d(act(F.batch_norm(input, ...)), kernel_size, stride, padding)``, without the
+    tensor between the two. For the backward pass it keeps ``input`` and 8 bits for every window. A
+    NaN in a window is its maximum, and of equal values the first one gets the gradient, as in
+    PyTorch. First and second derivatives are those of autograd.
+
+    Args:
+        input: (N, C, H, W), float32, bfloat16, float16 or float64; any strides.
+        running_mean, running_var, weight, bias, training, momentum, eps: as in
+            :func:`batch_norm_act`.
+        kernel_size: of a window, one number or (height, width); at most 256 positions.
+        stride: from one window to the next; None for ``kernel_size``.
+        padding: on each side, at most half of ``kernel_size``; never a maximum.
+        dilation: 1.
+        ceil_mode: False.
+        activation: "relu", "leaky_relu", "silu", "gelu" (exact) or None.
+        negative_slope: of leaky_relu.
+
+    Returns:
+        (N, C, OH, OW) with OH = (H + 2 * padding - kernel_size) // stride + 1, OW likewise; in
+        input's dtype and memory format (channels-last or contiguous).
+
+    Raises:
+        ValueError: an input that is not (N, C, H, W); what :func:`batch_norm_act` raises.
+        RuntimeError: windows that do not fit; what :func:`batch_norm_act` raises.
+        NotImplementedError: another dilation, ceil_mode, a window of more than 256 positions, an
+            integer or complex input.
+        BackendError: a backend chosen by name that cannot do this call.
+    """
+    dilations = {dilation} if isinstance(dilation, int) else set(dilation)
+    if ceil_mode or dilations != {1}:
+        raise NotImplementedError(
+            "batch_norm_act_max_pool takes dilation=1 and ceil_mode=False only, but got "
+            f"dilation={dilation} and ceil_mode={ceil_mode}"
+        )
+    return _batch_norm_act_max_pool(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
         activation=activation,
         negative_slope=negative_slope,
     )
@@ -205,4 +306,88 @@ def residual_add(
         negative_slope=negative_slope,
         alpha_backward=alpha_backward,
         beta_backward=beta_backward,
+    )
+
+
+def bottleneck(
+    input: Tensor,
+    conv1: ConvNorm,
+    conv2: ConvNorm,
+    conv3: ConvNorm,
+    shortcut: ConvNorm | None = None,
+    *,
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+    recompute: bool = False,
+) -> Tensor:
+    """A bottleneck block, join included, as one op that saves little for the backward pass.
+
+    ``y = act( norm3(conv3(act(norm2(conv2(act(norm1(conv1(input)))))))) + shortcut(input) )`` (He,
+    Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", 2015, Figure 5, right). The
+    convolutions are 1x1, 3x3 and 1x1 there; here they may be any that fit. Equal to the layers one
+    after the other; first and second derivatives are those of autograd.
+
+    Saved for the backward pass are the input, the raw outputs of the convolutions, mean and invstd
+    of each norm and one bit per element of the output. The normalised activations between the
+    convolutions are computed again (docs/math/bottleneck.md).
+
+    Args:
+        input: (N, C_in, *spatial) with 1 to 3 spatial dimensions; float32, bfloat16, float16 or
+            float64; any strides.
+        conv1, conv2, conv3: a convolution and its batch norm each: tensors and settings of
+            :func:`conv_bn_act`. ResNet v1.5 has the stride in ``conv2``, v1 in ``conv1``.
+        shortcut: likewise, without activation; None for the identity.
+        activation: after each norm but the shortcut's, the last one after the addition: "relu",
+            "leaky_relu", "silu", "gelu" (exact) or None.
+        negative_slope: of leaky_relu.
+        recompute: do not save the outputs of ``conv3`` and ``shortcut`` either, the widest, and run
+            these convolutions again in the backward pass.
+
+    Returns:
+        (N, C, *spatial) of the last convolution's output.
+
+    Raises:
+        ValueError: an unknown activation; what :func:`batch_norm_act` refuses.
+        TypeError: an argument that is no ConvNorm, or of it a tensor that is none.
+        RuntimeError: an argument whose size, dtype or device does not fit; branch and shortcut
+            that differ in size.
+        NotImplementedError: an integer or complex input.
+        BackendError: a backend chosen by name that cannot do this call.
+    """
+    return _bottleneck(
+        input,
+        conv1,
+        conv2,
+        conv3,
+        shortcut,
+        activation=activation,
+        negative_slope=negative_slope,
+        recompute=recompute,
+    )
+
+
+def basic_block(
+    input: Tensor,
+    conv1: ConvNorm,
+    conv2: ConvNorm,
+    shortcut: ConvNorm | None = None,
+    *,
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+    recompute: bool = False,
+) -> Tensor:
+    """A basic block, join included, as one op that saves little for the backward pass.
+
+    ``y = act( norm2(conv2(act(norm1(conv1(input))))) + shortcut(input) )``: two 3x3 convolutions in
+    Figure 5, left, of the paper that :func:`bottleneck` names. Arguments, what is saved and what
+    is raised are as there; ``recompute`` is about ``conv2`` and ``shortcut``.
+    """
+    return _basic_block(
+        input,
+        conv1,
+        conv2,
+        shortcut,
+        activation=activation,
+        negative_slope=negative_slope,
+        recompute=recompute,
     )

@@ -28,7 +28,7 @@ def built(architectures: str, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {"cuda architectures": architectures, "cuda": "switched off (RESOPS_CUDA=0)"}
     monkeypatch.setattr(_native, "module", SimpleNamespace(build_info=lambda: facts))
     monkeypatch.setattr(_native, "error", None)
-    devices = {op: _dispatch._native_devices() for op in ("batch_norm", "residual_add")}
+    devices = {op: _dispatch._native_devices() for op in _dispatch._KERNELS["native"]}
     monkeypatch.setitem(_dispatch._KERNELS, "native", devices)
 
 

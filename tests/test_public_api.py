@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import resops
-from resops import functional, models, reference
+from resops import functional, fusion, models, reference
 from resops import nn as layers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,20 +24,31 @@ NAMES = {
     resops: [
         "BackendError",
         "backend",
+        "checkpoint_context_fn",
+        "convert_sync_batchnorm",
+        "explain",
+        "fold",
         "functional",
+        "fuse",
+        "fuse_report",
+        "fusion",
         "get_backend",
         "models",
         "nn",
+        "register_pattern",
         "set_backend",
         "show_env",
+        "unfuse",
     ],
-    functional: ["batch_norm_act", "conv_bn_act", "residual_add"],
+    fusion: ["FuseError", "FuseReport", "FusedEntry", "Reason", "SkippedEntry"],
+    functional: ["batch_norm_act", "batch_norm_act_max_pool", "conv_bn_act", "residual_add"],
     layers: [
         "BatchNormAct1d",
         "BatchNormAct2d",
         "BatchNormAct3d",
         "Conv2dNormActivation",
         "ResidualAdd",
+        "SyncBatchNormAct",
     ],
     models: [
         "create_model",
@@ -62,6 +73,24 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         "activation": "relu",
         "negative_slope": 0.01,
         "process_group": None,
+    },
+    "functional.batch_norm_act_max_pool": {
+        "input": EMPTY,
+        "running_mean": EMPTY,
+        "running_var": EMPTY,
+        "weight": None,
+        "bias": None,
+        "training": False,
+        "momentum": 0.1,
+        "eps": 1e-5,
+        "*": None,
+        "kernel_size": EMPTY,
+        "stride": None,
+        "padding": 0,
+        "dilation": 1,
+        "ceil_mode": False,
+        "activation": "relu",
+        "negative_slope": 0.01,
     },
     "functional.residual_add": {
         "input": EMPTY,
@@ -190,12 +219,13 @@ def test_definition_has_the_names_of_the_ops() -> None:
     import importlib
 
     assert reference.__doc__
+    ops = [path.stem for path in (ROOT / "csrc").glob("*.cpp")]
     checked = 0
     for schema in torch._C._jit_get_all_schemas():
         if not schema.name.startswith("resops::"):
             continue
         name = schema.name.removeprefix("resops::")
-        op = next(op for op in ("batch_norm", "residual_add", "conv_bn_act") if name.startswith(op))
+        op = max((op for op in ops if name.startswith(f"{op}_")), key=len)
         if name.endswith("_formulas"):
             home = importlib.import_module(f"resops.ops.{op}")
             function = getattr(home, name.removeprefix(f"{op}_"))

@@ -131,7 +131,9 @@ def _load_affine(weight_ptr, bias_ptr, mean_ptr, invstd_ptr, channel, exists):
 def merge_lanes(count, mean, m2, AXIS: tl.constexpr):
     """Chan's merge of all lanes along an axis: M2 = sum(M2_i + n_i * (mean_i - mean)^2).
 
-    Means are averaged as distances from one of them: equal ones stay what they are.
+    Means are averaged as distances from one of them: equal ones stay what they are. As distances
+    from that average they are averaged again, which leaves little more than the rounding of the
+    result: where few elements have a gradient, the error of the mean is that of their sum.
     """
     total = tl.sum(count, axis=AXIS, keep_dims=True)
     anchor = tl.max(tl.where(count > 0, mean, float("-inf")), axis=AXIS, keep_dims=True)
@@ -139,6 +141,8 @@ def merge_lanes(count, mean, m2, AXIS: tl.constexpr):
     share = count / tl.maximum(total, 1.0)
     apart = tl.where(count > 0, mean - anchor, 0.0)
     merged = anchor + tl.sum(apart * share, axis=AXIS, keep_dims=True)
+    apart = tl.where(count > 0, mean - merged, 0.0)
+    merged += tl.sum(apart * share, axis=AXIS, keep_dims=True)
     apart = tl.where(count > 0, mean - merged, 0.0)
     return total, merged, tl.sum(m2 + apart * apart * count, axis=AXIS, keep_dims=True)
 

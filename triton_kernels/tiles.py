@@ -86,45 +86,29 @@ class ShapeClass:
 Table = Mapping[tuple[int, int, str], Tile]  # (90 for sm_90, bits, class) -> tile
 
 
-# Of 16 bits: phase, taps, prologue -> columns -> tile. ptxas makes other tiles of sm_90 wait for
+# Of 16 bits: class -> a tile for every one of COLUMNS. ptxas makes other tiles of sm_90 wait for
 # every product (messages C7510 to C7519) or spill: so a narrow result may take a wide tile.
 _WGMMA = {
-    ("forward", "1x1", "plain"): "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
-    ("forward", "kxk", "plain"): "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
-    ("forward", "1x1", "prologue"): "128x32x32x4x3 128x32x32x4x3 128x64x128x8x2 128x128x64x8x3",
-    ("forward", "kxk", "prologue"): "128x64x64x8x3 128x64x64x8x3 128x64x64x8x3 128x64x64x8x3",
-    ("backward_data", "1x1", "plain"): "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
-    ("backward_data", "kxk", "plain"): "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
-    (
-        "backward_data",
-        "1x1",
-        "prologue",
-    ): "128x16x64x4x3 128x32x64x4x3 128x64x64x8x3 128x128x64x8x3",
-    (
-        "backward_data",
-        "kxk",
-        "prologue",
-    ): "128x16x64x4x3 128x32x64x4x3 128x64x64x8x3 128x128x64x8x3",
-    ("backward_weight", "1x1", "plain"): "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
-    ("backward_weight", "kxk", "plain"): "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
-    (
-        "backward_weight",
-        "1x1",
-        "prologue",
-    ): "64x32x64x4x3 64x32x64x4x3 128x128x64x8x3 128x128x64x8x3",
-    (
-        "backward_weight",
-        "kxk",
-        "prologue",
-    ): "64x32x64x4x3 64x32x64x4x3 128x128x64x8x3 128x128x64x8x3",
+    "forward 1x1 plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
+    "forward kxk plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
+    "forward 1x1 prologue": "128x32x32x4x3 128x32x32x4x3 128x64x128x8x2 128x128x64x8x3",
+    "forward kxk prologue": "128x64x64x8x3 128x64x64x8x3 128x64x64x8x3 128x64x64x8x3",
+    "backward_data 1x1 plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
+    "backward_data kxk plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
+    "backward_data 1x1 prologue": "128x16x64x4x3 128x32x64x4x3 128x64x64x8x3 128x128x64x8x3",
+    "backward_data kxk prologue": "128x16x64x4x3 128x32x64x4x3 128x64x64x8x3 128x128x64x8x3",
+    "backward_weight 1x1 plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x4x3",
+    "backward_weight kxk plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x4x3",
+    "backward_weight 1x1 prologue": "128x128x64x8x3 128x128x64x8x3 128x128x64x8x3 128x128x64x8x3",
+    "backward_weight kxk prologue": "128x128x64x8x3 128x128x64x8x3 128x128x64x8x3 128x128x64x8x3",
 }
 
 
 def _built_in() -> Table:
     """Tiles of which the compiler makes good code; none has been timed on a GPU yet."""
     return {
-        (90, 16, f"{phase} {taps} {prologue} {columns}"): Tile(*map(int, text.split("x")))
-        for (phase, taps, prologue), texts in _WGMMA.items()
+        (90, 16, f"{name} {columns}"): Tile(*map(int, text.split("x")))
+        for name, texts in _WGMMA.items()
         for columns, text in zip(COLUMNS, texts.split(), strict=True)
     }
 
@@ -135,8 +119,8 @@ TABLE = _built_in()
 def heuristic(dtype: torch.dtype, shape: ShapeClass) -> Tile:
     """A tile for what is in no table: small enough for the shared memory of any GPU since sm_80."""
     if dtype == torch.float32:
-        return Tile(64, min(shape.columns, 64), 32, 4, 2)
-    return Tile(128, shape.columns, 32, 8 if shape.columns > 64 else 4, 3)
+        return Tile(128, min(shape.columns, 64), 32, 8, 2)
+    return Tile(128, shape.columns, 32, 8, 3)
 
 
 def capability_of(device: torch.device) -> int:

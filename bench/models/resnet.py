@@ -24,6 +24,8 @@ from bench.models.compare import CLASSES, autocast, inference_copy
 from bench.models.stock_resnet import create_stock_model
 from bench.session import DTYPES, EAGER, RESOPS, Session, channels_last, saved_bytes
 
+# Options of a network that make it keep less for the backward pass.
+BLOCK_OPTIONS = ("block_op", "memory_efficient")
 NOTES = {
     "training": "zero_grad, forward, cross entropy, backward, SGD(momentum, weight decay) step; "
     "autocast for 16-bit dtypes",
@@ -80,11 +82,15 @@ def saved_activations(model: nn.Module, images: Tensor, labels: Tensor, dtype: s
     return saved_bytes(forward, there)
 
 
-def create_pair(name: str, device: torch.device) -> dict[str, nn.Module]:
-    """The stock and the resops model with the same weights, channels-last."""
+def create_pair(name: str, device: torch.device, **options: bool) -> dict[str, nn.Module]:
+    """The stock and the resops model with the same weights, channels-last.
+
+    Args:
+        options: of the resops model.
+    """
     torch.manual_seed(0)
     stock = create_stock_model(name, CLASSES)
-    ours = resops.models.create_model(name, num_classes=CLASSES)
+    ours = resops.models.create_model(name, num_classes=CLASSES, **options)
     ours.load_state_dict(stock.state_dict(), strict=True)
     pair = {EAGER: stock, RESOPS: ours}
     return {name: channels_last(model, device) for name, model in pair.items()}
@@ -120,6 +126,11 @@ def run(
             if session.threads[0] in threads:
                 kept = {k: saved_activations(m, images, labels, dtype) for k, m in models.items()}
                 session.add_saved("models", name, **kept, dtype=dtype, batch=batch)
+                for option in BLOCK_OPTIONS:
+                    blocks = create_pair(name, session.device, **{option: True})[RESOPS]
+                    kept[RESOPS] = saved_activations(blocks, images, labels, dtype)
+                    case = f"{name}, {option}"
+                    session.add_saved("models", case, **kept, dtype=dtype, batch=batch)
             directions: dict[str, dict[str, Callable[[], object]]] = {
                 "training": {k: training_step(m, images, labels, dtype) for k, m in models.items()},
                 "inference": {k: inference(m, images, dtype) for k, m in models.items()},

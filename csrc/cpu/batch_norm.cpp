@@ -2,7 +2,7 @@
 // what they return. How a tensor is cut depends on its size alone, and partial results are merged
 // in the order of the pieces: the bits are the same for any number of threads.
 
-#include "../batch_norm.h"
+#include "batch_norm.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -176,10 +176,6 @@ BatchNormArgs kernel_args(const Walk& walk, const Tensor& x, Activation activati
 
 // ---- small vectors of C values -----------------------------------------------------------------
 
-std::vector<double> to_vector(const OptionalTensor& t, int64_t channels, double missing) {
-  return t ? resops::to_vector(*t) : std::vector<double>(channels, missing);
-}
-
 // Kernel parameters: C values in the accumulation type, repeated over the width of a row.
 class Parameters {
  public:
@@ -213,12 +209,12 @@ class Parameters {
 // backward must agree on the sign of z to the last bit.
 void set_affine(BatchNormArgs& args, Parameters& parameters, const Walk& walk, const Tensor& mean,
                 const Tensor& invstd, const OptionalTensor& weight, const OptionalTensor& bias) {
-  std::vector<double> scale = to_vector(invstd, walk.channels, 0);
-  const std::vector<double> gamma = to_vector(weight, walk.channels, 1);
+  std::vector<double> scale = channel_values(invstd, walk.channels, 0);
+  const std::vector<double> gamma = channel_values(weight, walk.channels, 1);
   for (int64_t c = 0; c < walk.channels; ++c) scale[c] *= gamma[c];
-  args.mean = parameters.add(to_vector(mean, walk.channels, 0));
+  args.mean = parameters.add(channel_values(mean, walk.channels, 0));
   args.scale = parameters.add(scale);
-  args.bias = parameters.add(to_vector(bias, walk.channels, 0));
+  args.bias = parameters.add(channel_values(bias, walk.channels, 0));
 }
 
 // ---- phases
@@ -366,8 +362,8 @@ std::tuple<Tensor, Tensor> run_backward_apply(const Walk& walk, BackwardCall& ca
   if (walk.numel == 0 || (!need_grad_x && !need_grad_residual)) return {grad_x, grad_residual};
   BatchNormArgs args = call.args;
   if (!mean_grad.empty()) {
-    const std::vector<double> inverse = to_vector(invstd, walk.channels, 0);
-    const std::vector<double> gamma = to_vector(weight, walk.channels, 1);
+    const std::vector<double> inverse = channel_values(invstd, walk.channels, 0);
+    const std::vector<double> gamma = channel_values(weight, walk.channels, 1);
     std::vector<double> slope(walk.channels), offset(walk.channels);
     for (int64_t c = 0; c < walk.channels; ++c) {
       slope[c] = -gamma[c] * inverse[c] * inverse[c] * mean_grad_xhat[c];
@@ -396,6 +392,47 @@ Tensor statistic(const Tensor& x, const std::vector<double>& values) {
   return t;
 }
 
+void update_running(const Tensor& running, const std::vector<double>& batch, double momentum) {
+  visit_values(running, [&](auto& value, int64_t c) {
+    value = static_cast<std::remove_reference_t<decltype(value)>>(
+        (1 - momentum) * static_cast<double>(value) + momentum * batch[c]);
+  });
+}
+
+}  // namespace
+
+std::vector<double> channel_values(const OptionalTensor& t, int64_t channels, double missing) {
+  return t ? to_vector(*t) : std::vector<double>(channels, missing);
+}
+
+std::pair<Tensor, Tensor> batch_norm_mean_invstd(const Tensor& x,
+                                                 const OptionalTensor& running_mean,
+                                                 const OptionalTensor& running_var, bool training,
+                                                 double momentum, double eps) {
+  const Walk walk(x);
+  std::vector<double> mean, invstd;
+  if (training) {
+    Statistics s = compute_statistics(walk, walk.layout.dense(x));
+    const double m = static_cast<double>(walk.count);
+    if (running_mean && walk.count > 0) {
+      std::vector<double> unbiased = s.m2;
+      for (double& v : unbiased) v /= m - 1;
+      update_running(*running_mean, s.mean, momentum);
+      update_running(*running_var, unbiased, momentum);
+    }
+    mean = std::move(s.mean);
+    invstd = std::move(s.m2);
+    for (double& v : invstd) v /= std::max(m, 1.0);
+  } else {
+    mean = channel_values(running_mean, walk.channels, 0);
+    invstd = channel_values(running_var, walk.channels, 0);
+  }
+  for (double& v : invstd) v = 1 / std::sqrt(v + eps);
+  return {statistic(x, mean), statistic(x, invstd)};
+}
+
+namespace {
+
 // ---- the ops
 // --------------------------------------------------------------------------------------
 
@@ -419,13 +456,6 @@ std::tuple<Tensor, Tensor> batch_norm_apply(const Tensor& x, const OptionalTenso
                    negative_slope);
 }
 
-void update_running(const Tensor& running, const std::vector<double>& batch, double momentum) {
-  visit_values(running, [&](auto& value, int64_t c) {
-    value = static_cast<std::remove_reference_t<decltype(value)>>(
-        (1 - momentum) * static_cast<double>(value) + momentum * batch[c]);
-  });
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
     const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& running_mean,
@@ -436,28 +466,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
                            eps);
   const Walk walk(x);
   const Tensor dense = walk.layout.dense(x);
-  std::vector<double> mean, invstd;
-  if (training) {
-    Statistics s = compute_statistics(walk, dense);
-    const double m = static_cast<double>(walk.count);
-    if (running_mean && walk.count > 0) {
-      std::vector<double> unbiased = s.m2;
-      for (double& v : unbiased) v /= m - 1;
-      update_running(*running_mean, s.mean, momentum);
-      update_running(*running_var, unbiased, momentum);
-    }
-    mean = std::move(s.mean);
-    invstd = std::move(s.m2);
-    for (double& v : invstd) v /= std::max(m, 1.0);
-  } else {
-    mean = to_vector(running_mean, walk.channels, 0);
-    invstd = to_vector(running_var, walk.channels, 0);
-  }
-  for (double& v : invstd) v = 1 / std::sqrt(v + eps);
-  const Tensor mean_out = statistic(x, mean), invstd_out = statistic(x, invstd);
+  const auto [mean, invstd] =
+      batch_norm_mean_invstd(dense, running_mean, running_var, training, momentum, eps);
   auto [y, mask] =
-      run_apply(walk, dense, residual, weight, bias, mean_out, invstd_out, act, negative_slope);
-  return {y, mean_out, invstd_out, mask};
+      run_apply(walk, dense, residual, weight, bias, mean, invstd, act, negative_slope);
+  return {y, mean, invstd, mask};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_backward_reduce(
@@ -472,7 +485,7 @@ std::tuple<Tensor, Tensor> batch_norm_backward_reduce(
   const BackwardCall call(walk, grad_y, x, residual, mask, weight, bias, mean, invstd, act,
                           negative_slope);
   GradSums sums = run_reduce(walk, call);
-  const std::vector<double> inverse = to_vector(invstd, walk.channels, 0);
+  const std::vector<double> inverse = channel_values(invstd, walk.channels, 0);
   for (int64_t c = 0; c < walk.channels; ++c) sums.grad_centred[c] *= inverse[c];
   return {statistic(x, sums.grad), statistic(x, sums.grad_centred)};
 }
@@ -498,8 +511,8 @@ std::tuple<Tensor, Tensor> batch_norm_backward_apply(
                     negative_slope);
   std::vector<double> means, means_xhat;
   if (mean_grad) {
-    means = to_vector(mean_grad, walk.channels, 0);
-    means_xhat = to_vector(mean_grad_xhat, walk.channels, 0);
+    means = channel_values(mean_grad, walk.channels, 0);
+    means_xhat = channel_values(mean_grad_xhat, walk.channels, 0);
   }
   return run_backward_apply(walk, call, invstd, weight, means, means_xhat, need_grad_x,
                             need_grad_residual);
@@ -537,7 +550,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     call.args.activation = Activation::identity;
     call.args.has_residual = false;
   }
-  const std::vector<double> inverse = to_vector(invstd, walk.channels, 0);
+  const std::vector<double> inverse = channel_values(invstd, walk.channels, 0);
   for (int64_t c = 0; c < walk.channels; ++c) sums.grad_centred[c] *= inverse[c];
 
   std::vector<double> mean_grad, mean_grad_xhat;

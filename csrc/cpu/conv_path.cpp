@@ -19,6 +19,8 @@ enum class Wanted { automatic, winograd, library };
 std::atomic<bool> highest_precision{false};
 std::atomic<Wanted> wanted_algorithm{Wanted::automatic};
 
+// The transformed weight is used once per tile: fewer than this do not pay for its transform.
+constexpr int64_t kLeastTiles = 8;
 // Fewer channels than this leave most lanes of the transforms idle.
 constexpr int64_t kLeastChannels = 16;
 
@@ -118,6 +120,10 @@ ConvPath conv_path(const ConvCall& call) {
   }
   if (std::min(call.weight_size[0], call.weight_size[1]) < kLeastChannels) {
     return {ConvAlgorithm::library, "there are fewer than 16 channels"};
+  }
+  const int64_t height = (call.output_size[2] + 3) / 4, width = (call.output_size[3] + 3) / 4;
+  if (call.output_size[0] * height * width < kLeastTiles) {
+    return {ConvAlgorithm::library, "there are fewer than 8 tiles of 4x4 outputs"};
   }
   return {ConvAlgorithm::winograd, "3x3 of stride 1"};
 }

@@ -149,6 +149,13 @@ inline Mask<acc> greater(Pack<acc> a, acc b) {
   RESOPS_EACH_REGISTER(i) out.r[i] = a.r[i] > b;
   return out;
 }
+// Where a takes the place of b as the maximum so far: it is greater, or a NaN.
+template <class acc>
+inline Mask<acc> exceeds(Pack<acc> a, Pack<acc> b) {
+  Mask<acc> out;
+  RESOPS_EACH_REGISTER(i) out.r[i] = (a.r[i] > b.r[i]) | (a.r[i] != a.r[i]);
+  return out;
+}
 template <class acc>
 inline Pack<acc> select(Mask<acc> mask, Pack<acc> yes, Pack<acc> no) {
   RESOPS_EACH_REGISTER(i) yes.r[i] = mask.r[i] ? yes.r[i] : no.r[i];
@@ -178,6 +185,19 @@ inline Mask<acc> from_bits(uint16_t bits) {
   return out;
 }
 
+// Where 16 bytes are `value`.
+template <class acc>
+inline Mask<acc> bytes_equal(const uint8_t* p, uint8_t value) {
+  using Int = typename IntOf<acc>::type;
+  Mask<acc> out;
+  RESOPS_EACH_REGISTER(i) {
+    for (int lane = 0; lane < Pack<acc>::kPerRegister; ++lane) {
+      out.r[i][lane] = -static_cast<Int>(p[i * Pack<acc>::kPerRegister + lane] == value);
+    }
+  }
+  return out;
+}
+
 #if defined(__AVX512F__)
 template <>
 struct Mask<float> {
@@ -192,6 +212,16 @@ inline Mask<float> greater(Pack<float> a, float b) {
   return {_mm512_cmp_ps_mask(a.r[0], _mm512_set1_ps(b), _CMP_GT_OQ)};
 }
 template <>
+inline Mask<float> bytes_equal<float>(const uint8_t* p, uint8_t value) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm_cmpeq_epi8_mask(bytes, _mm_set1_epi8(static_cast<char>(value)))};
+}
+template <>
+inline Mask<float> exceeds(Pack<float> a, Pack<float> b) {
+  return {static_cast<__mmask16>(_mm512_cmp_ps_mask(a.r[0], b.r[0], _CMP_GT_OQ) |
+                                 _mm512_cmp_ps_mask(a.r[0], a.r[0], _CMP_UNORD_Q))};
+}
+template <>
 inline Pack<float> select(Mask<float> mask, Pack<float> yes, Pack<float> no) {
   return {_mm512_mask_blend_ps(mask.bits, no.r[0], yes.r[0])};
 }
@@ -204,6 +234,16 @@ inline Mask<float> from_bits<float>(uint16_t bits) {
   return {bits};
 }
 #elif defined(__AVX2__)
+template <>
+inline Mask<float> bytes_equal<float>(const uint8_t* p, uint8_t value) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m128i same = _mm_cmpeq_epi8(bytes, _mm_set1_epi8(static_cast<char>(value)));
+  Mask<float> out;
+  out.r[0] = reinterpret_cast<Mask<float>::Register>(_mm256_cvtepi8_epi32(same));
+  out.r[1] =
+      reinterpret_cast<Mask<float>::Register>(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(same, same)));
+  return out;
+}
 template <>
 inline uint16_t to_bits(Mask<float> mask) {
   return static_cast<uint16_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask.r[0])) |

@@ -101,14 +101,12 @@ void dispatch_layout(const BatchNormShape& shape, F f) {
   });
 }
 
-bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 // Whether a thread's channels can be read as whole vectors.
 bool is_aligned(const BatchNormShape& shape, const BatchNormAffine& affine,
                 const float* other1 = nullptr, const float* other2 = nullptr) {
-  return shape.channels % vector_size(shape) == 0 && is_aligned(affine.mean) &&
-         is_aligned(affine.invstd) && is_aligned(affine.weight.data) &&
-         is_aligned(affine.bias.data) && is_aligned(other1) && is_aligned(other2);
+  return shape.channels % vector_size(shape) == 0 &&
+         are_aligned(
+             {affine.mean, affine.invstd, affine.weight.data, affine.bias.data, other1, other2});
 }
 
 unsigned finish_blocks(int64_t channels) {
@@ -225,9 +223,22 @@ void launch_batch_norm_backward_reduce(const BatchNormShape& shape, const BatchN
   } else {
     w.channels = w.columns = shape.channels;  // and no parts
   }
-  dispatch_dtype(shape.dtype, [&](auto type) {
-    RESOPS_LAUNCH(batch_norm_backward_finish_kernel<decltype(type)>, finish_blocks(w.channels),
-                  kThreads, sizeof(FinishShared), on, w, workspace, call.affine.invstd, out);
+  launch_batch_norm_merge_sums(shape.dtype, shape.channels, w.columns, w.parts(), workspace,
+                               call.affine.invstd, out, stream);
+}
+
+void launch_batch_norm_merge_sums(DType dtype, int64_t channels, int64_t columns, int parts,
+                                  const float* workspace, const float* invstd,
+                                  const BatchNormSums& out, Stream stream) {
+  BatchNormWalk w{};
+  w.channels = channels;
+  w.columns = columns;
+  w.row_parts = parts;
+  w.plane_parts = 1;
+  dispatch_dtype(dtype, [&](auto type) {
+    RESOPS_LAUNCH(batch_norm_backward_finish_kernel<decltype(type)>, finish_blocks(channels),
+                  kThreads, sizeof(FinishShared), static_cast<cudaStream_t>(stream), w, workspace,
+                  invstd, out);
   });
 }
 

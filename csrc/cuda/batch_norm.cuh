@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kVec>)
       });
 
   const int64_t plane = w.parts() * w.columns, at = blockIdx.y * w.columns;
-  const float2 total = sum_columns<kVec, kChannelsLast>(shared, w, sum, square);
+  const float2 total = sum_columns<kVec, kChannelsLast>(shared, w.lanes, w.lane_rows, sum, square);
   const int64_t column = summed_column<kVec, kChannelsLast>(w);
   if (column >= 0) {
     store<float>(partial + plane + at + column, total.x);
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, kIsSmooth<kAct> ? 2 : kResidentBlock
         }
       });
 
-  const float2 total = sum_columns<kVec, kChannelsLast>(shared, w, sum, product);
+  const float2 total = sum_columns<kVec, kChannelsLast>(shared, w.lanes, w.lane_rows, sum, product);
   const int64_t column = summed_column<kVec, kChannelsLast>(w);
   if (column >= 0) {
     const int64_t at = blockIdx.y * w.columns + column;

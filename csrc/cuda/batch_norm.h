@@ -108,6 +108,12 @@ struct BatchNormSums {
 void launch_batch_norm_backward_reduce(const BatchNormShape& shape, const BatchNormGradient& call,
                                        float* workspace, const BatchNormSums& out, Stream stream);
 
+// The second half of it: adds up what `parts` blocks have left in the workspace,
+// [2][parts][columns] sums of g and of g * (x - mean). Column k is of channel k % C.
+void launch_batch_norm_merge_sums(DType dtype, int64_t channels, int64_t columns, int parts,
+                                  const float* workspace, const float* invstd,
+                                  const BatchNormSums& out, Stream stream);
+
 // grad_x = weight * invstd * (g - factor * (sum_grad + xhat * sum_grad_xhat)), grad_residual = g.
 struct BatchNormGradientOut {
   const float* sum_grad;  // both null: frozen statistics

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <initializer_list>
+
 #include "batch_norm.h"
 #include "batch_norm_walk.cuh"
 
@@ -15,6 +17,14 @@ __device__ __forceinline__ float load_channel(const ChannelVector& p, int64_t c,
   if (p.data == nullptr) return missing;
   if (p.is_float) return load_nc<float>(static_cast<const float*>(p.data) + c);
   return to_float(load_nc<T>(static_cast<const T*>(p.data) + c));
+}
+
+// Whether vectors of values per channel may start at these addresses, where they are not null.
+inline bool are_aligned(std::initializer_list<const void*> vectors) {
+  for (const void* p : vectors) {
+    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
+  }
+  return true;
 }
 
 // The channels of a thread's kVec columns, or the one channel of its block.
@@ -65,10 +75,11 @@ struct SumsShared {
   float b[kThreads * kVec];
 };
 
-// Two sums over the threads of a block that have the same column, in the order of their rows;
+// Two sums over the threads of a block that have the same column, `lanes` beside each other in
+// `lane_rows` rows, in the order of the rows;
 // contiguous: over all elements of the block. Thread j has the result of the block's column j.
 template <int kVec, bool kChannelsLast>
-__device__ float2 sum_columns(SumsShared<kVec>& shared, const BatchNormWalk& w,
+__device__ float2 sum_columns(SumsShared<kVec>& shared, int lanes, int lane_rows,
                               const float (&a)[kVec], const float (&b)[kVec]) {
   const int t = static_cast<int>(threadIdx.x);
   float2 total = make_float2(0, 0);
@@ -79,9 +90,9 @@ __device__ float2 sum_columns(SumsShared<kVec>& shared, const BatchNormWalk& w,
       shared.b[t * kVec + i] = b[i];
     }
     block_sync();
-    const int width = w.lanes * kVec;
+    const int width = lanes * kVec;
     if (t >= width) return total;
-    for (int row = 0; row < w.lane_rows; ++row) {
+    for (int row = 0; row < lane_rows; ++row) {
       total.x += shared.a[row * width + t];
       total.y += shared.b[row * width + t];
     }

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.batch_norm import BatchNormAct2d
+from ..nn.batch_norm_act_max_pool import norm_act_max_pool
 from ..nn.conv_bn_act import Conv2dNormActivation, conv_norm_act
+from ..nn.residual_block import residual_block
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -27,7 +29,14 @@ def _conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
 
-class BasicBlock(nn.Module):
+class _Block(nn.Module):
+    """How a block is computed: layer by layer, or as one op that saves less for backward."""
+
+    block_op = False  # as one op
+    recompute = False  # and its widest outputs are not saved either
+
+
+class BasicBlock(_Block):
     """y = relu( F(x) + shortcut(x) ), F two 3x3 convolutions (Figure 5, left)."""
 
     expansion = 1
@@ -51,12 +60,17 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.block_op:
+            chain = ((self.conv1, self.bn1), (self.conv2, self.bn2))
+            joined = residual_block(chain, self.downsample, x, recompute=self.recompute)
+            if joined is not None:
+                return joined
         y = conv_norm_act(self.conv1, self.bn1, x)
         shortcut = x if self.downsample is None else self.downsample(x)
         return conv_norm_act(self.conv2, self.bn2, y, residual=shortcut)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(_Block):
     """y = relu( F(x) + shortcut(x) ), F a 1x1, a 3x3 and a 1x1 convolution (Figure 5, right)."""
 
     expansion = 4
@@ -82,6 +96,11 @@ class Bottleneck(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.block_op:
+            chain = ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+            joined = residual_block(chain, self.downsample, x, recompute=self.recompute)
+            if joined is not None:
+                return joined
         y = conv_norm_act(self.conv1, self.bn1, x)
         y = conv_norm_act(self.conv2, self.bn2, y)
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -100,6 +119,12 @@ class ResNet(nn.Module):
             block starts as its shortcut (Goyal et al., 2017, section 5.1).
         groups, width_per_group: of the 3x3 convolution of a Bottleneck (Xie et al., "Aggregated
             Residual Transformations", 2017).
+        block_op: compute each block by one op in training, which saves the raw outputs of
+            convolutions only and computes normalised activations again
+            (docs/math/bottleneck.md). ``state_dict`` is the same. A block with hooks, or
+            with replaced modules, runs layer by layer.
+        memory_efficient: the same, and the last convolution of each block runs again in the
+            backward pass, so that its output is not saved.
 
     Raises:
         ValueError: groups or width_per_group given for BasicBlock.
@@ -114,6 +139,8 @@ class ResNet(nn.Module):
         zero_init_residual: bool = False,
         groups: int = 1,
         width_per_group: int = 64,
+        block_op: bool = False,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -129,6 +156,10 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(512 * block.expansion, num_classes)
         self._initialise(zero_init_residual)
+        for module in self.modules():
+            if isinstance(module, _Block):
+                module.block_op = block_op or memory_efficient
+                module.recompute = memory_efficient
 
     def _make_stage(
         self,
@@ -175,8 +206,10 @@ class ResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, C, H / 32, W / 32), the output of the last stage."""
-        y = conv_norm_act(self.conv1, self.bn1, x)
-        y = self.maxpool(y)
+        if self.bn1.training:
+            y = norm_act_max_pool(self.bn1, self.maxpool, self.conv1(x))
+        else:
+            y = self.maxpool(conv_norm_act(self.conv1, self.bn1, x))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             y = stage(y)
         return y

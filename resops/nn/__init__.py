@@ -3,6 +3,7 @@
 from .batch_norm import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .conv_bn_act import Conv2dNormActivation, Conv3dNormActivation
 from .residual_add import ResidualAdd
+from .sync_batch_norm import SyncBatchNormAct
 
 __all__ = [
     "BatchNormAct1d",
@@ -11,4 +12,5 @@ __all__ = [
     "Conv2dNormActivation",
     "Conv3dNormActivation",
     "ResidualAdd",
+    "SyncBatchNormAct",
 ]

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional
+from .checkpoint import recomputing
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -64,6 +65,71 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
+def fused_activation(act: nn.Module) -> tuple[str, float] | None:
+    """The activation of the op, and its slope, that stands for ``act``; None if there is none."""
+    kind = type(act)
+    if kind is nn.ReLU:
+        return "relu", 0.0
+    if kind is nn.Identity:
+        return "identity", 0.0
+    if kind is nn.SiLU:
+        return "silu", 0.0
+    if isinstance(act, nn.LeakyReLU) and kind is nn.LeakyReLU:
+        return "leaky_relu", act.negative_slope
+    if isinstance(act, nn.GELU) and kind is nn.GELU and act.approximate == "none":
+        return "gelu", 0.0
+    return None
+
+
+def next_statistics(norm: _BatchNorm) -> tuple[Tensor | None, Tensor | None, bool, float]:
+    """What the next call of ``norm`` takes, which is counted if it is in training: the running
+    statistics, whether those of the batch are used, and the batch's weight in the running ones."""
+    running_mean, running_var = norm.running_mean, norm.running_var
+    momentum = norm.momentum
+    training = norm.training
+    if not training:
+        training = running_mean is None and running_var is None
+    elif not norm.track_running_stats or recomputing():
+        running_mean = running_var = None
+    elif norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:  # the plain mean over all batches
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    return running_mean, running_var, training, 0.0 if momentum is None else momentum
+
+
+def normalize(
+    norm: _BatchNorm,
+    x: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    process_group: Any = None,
+) -> Tensor:
+    """What ``forward`` of a batch norm of torch does, with a residual and an activation.
+
+    Args:
+        norm: gives parameters, running statistics, which are updated, and settings.
+        process_group: in training, of the processes over which the statistics are taken.
+    """
+    norm._check_input_dim(x)
+    running_mean, running_var, training, momentum = next_statistics(norm)
+    return functional.batch_norm_act(
+        x,
+        running_mean,
+        running_var,
+        norm.weight,
+        norm.bias,
+        training,
+        momentum,
+        norm.eps,
+        residual=residual,
+        activation=activation,
+        negative_slope=negative_slope,
+        process_group=process_group if norm.training else None,
+    )
+
+
 class BatchNormAct(_BatchNorm):
     """What the layers for 1 to 3 spatial dimensions share; use one of those."""
 
@@ -101,19 +167,8 @@ class BatchNormAct(_BatchNorm):
         assert drop is not None and act is not None
         if type(drop) is not nn.Identity or not is_plain(drop):
             return "identity", 0.0, (drop, act)
-        kind = type(act)
-        if is_plain(act):
-            if kind is nn.ReLU:
-                return "relu", 0.0, ()
-            if kind is nn.Identity:
-                return "identity", 0.0, ()
-            if kind is nn.SiLU:
-                return "silu", 0.0, ()
-            if isinstance(act, nn.LeakyReLU) and kind is nn.LeakyReLU:
-                return "leaky_relu", act.negative_slope, ()
-            if kind is nn.GELU and act.approximate == "none":
-                return "gelu", 0.0, ()
-        return "identity", 0.0, (act,)
+        fused = fused_activation(act) if is_plain(act) else None
+        return ("identity", 0.0, (act,)) if fused is None else (*fused, ())
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """act( drop( norm(x) ) [+ residual] ).
@@ -126,33 +181,9 @@ class BatchNormAct(_BatchNorm):
             ValueError: another number of dimensions, or one value per channel in training.
             RuntimeError: an argument whose size, dtype or device does not fit.
         """
-        self._check_input_dim(x)
-        training = self.training
-        running_mean, running_var = self.running_mean, self.running_var
-        momentum = self.momentum
-        if training:
-            if not self.track_running_stats:
-                running_mean = running_var = None
-            elif self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-                if momentum is None:  # the plain mean over all batches
-                    momentum = 1.0 / float(self.num_batches_tracked)
-        else:
-            training = running_mean is None and running_var is None
         activation, negative_slope, rest = self.epilogue()
-        y = functional.batch_norm_act(
-            x,
-            running_mean,
-            running_var,
-            self.weight,
-            self.bias,
-            training,
-            0.0 if momentum is None else momentum,
-            self.eps,
-            residual=residual if len(rest) < 2 else None,
-            activation=activation,
-            negative_slope=negative_slope,
-        )
+        residual_of_op = residual if len(rest) < 2 else None
+        y = normalize(self, x, residual_of_op, activation, negative_slope, self._group())
         if not rest:
             return y
         if len(rest) == 2:
@@ -160,6 +191,10 @@ class BatchNormAct(_BatchNorm):
             if residual is not None:
                 y = y + residual
         return self.act(y)
+
+    def _group(self) -> Any:
+        """The processes over which statistics are taken; None for this one."""
+        return None
 
     # What was folded is checked at every use; here it is dropped because it takes memory.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import conv_bn_act as ops
 from .batch_norm import BatchNormAct, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, is_plain
+from .sync_batch_norm import SyncBatchNormAct
 
 _PAIRS: dict[type[nn.Module], type[BatchNormAct]] = {
     nn.Conv1d: BatchNormAct1d,
@@ -37,12 +38,12 @@ def conv_norm_act(
     Returns:
         (N, C, *spatial of the output).
     """
-    if not norm.training and not torch.compiler.is_compiling() and _may_fold(conv, norm):
+    if not norm.training and may_fuse(conv, norm):
         activation, negative_slope, rest = norm.epilogue()
-        folded = _folded(conv, norm, x, residual) if len(rest) < 2 else None
-        if folded is not None:
-            y = folded(x, residual, activation, negative_slope)
-            return rest[0](y) if rest else y
+        if len(rest) < 2:
+            y = folded_conv(conv, norm, norm, x, residual, activation, negative_slope)
+            if y is not None:
+                return rest[0](y) if rest else y
     y = _convolve(conv, x)
     return norm(y) if residual is None else norm(y, residual)
 
@@ -57,10 +58,33 @@ def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
     )
 
 
-def _may_fold(conv: nn.Module, norm: nn.Module) -> bool:
-    if _PAIRS.get(type(conv)) is not type(norm) or not (is_plain(conv) and is_plain(norm)):
-        return False
-    return conv.padding_mode == "zeros"
+def may_fuse(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether the two are exactly a convolution and the norm that goes with it, without hooks."""
+    pair = _PAIRS.get(type(conv))
+    fits = pair is not None and type(norm) in (pair, SyncBatchNormAct)
+    return fits and is_plain(conv) and is_plain(norm) and conv.padding_mode == "zeros"
+
+
+def folded_conv(
+    conv: nn.Module,
+    norm: nn.Module,
+    keeper: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+) -> Tensor | None:
+    """act( norm( conv(x) ) [+ residual] ) as one convolution, or None where it may not be one.
+
+    Args:
+        conv, norm: a convolution and a batch norm of torch, or what behaves as these do, without
+            hooks; ``norm`` in evaluation.
+        keeper: what was folded is kept as its attribute ``_folded``.
+    """
+    if torch.compiler.is_compiling() or conv.padding_mode != "zeros":
+        return None
+    folded = _folded(conv, norm, keeper, x, residual)
+    return None if folded is None else folded(x, residual, activation, negative_slope)
 
 
 class _Fold(NamedTuple):
@@ -91,7 +115,7 @@ class _Fold(NamedTuple):
 
 
 def _folded(
-    conv: nn.Module, norm: BatchNormAct, x: Tensor, residual: Tensor | None
+    conv: nn.Module, norm: nn.Module, keeper: Any, x: Tensor, residual: Tensor | None
 ) -> ops.FoldedConvolution | None:
     """The present folded convolution for this call, or None where the composition must run."""
     # The dictionaries, because module attributes take long to find. A parameter that is not in
@@ -123,12 +147,12 @@ def _folded(
         conv.groups,
         None if sources[0] is None else sources[0].stride(),
     )
-    kept: _Fold | None = norm._folded
+    kept: _Fold | None = keeper._folded
     if kept is None or kept.at != at or kept.settings != settings or not kept.is_current(sources):
         kept = _fold(at, sources, settings)
         if kept is None:
             return None
-        norm._folded = kept
+        keeper._folded = kept
     folded = kept.folded
     return folded if folded is not None and folded.takes(x, residual) else None
 

@@ -13,7 +13,7 @@ from .. import _dispatch, _native, _triton
 from .._autograd import apply_function, is_plain_call, traced_to_aten
 from ..reference import batch_norm as reference
 from ..reference.activation import ACTIVATIONS, MASKED_ACTIVATIONS, SMOOTH_ACTIVATIONS
-from ..reference.layout import empty_output, mask_size
+from ..reference.layout import empty_output, mask_size, mask_sizes
 
 
 def check_arguments(
@@ -27,10 +27,14 @@ def check_arguments(
     momentum: float,
     eps: float,
     activation: str,
+    several: bool = False,
 ) -> None:
     """Raise what the C++ op raises for the same arguments (csrc/batch_norm.cpp), before any work.
 
     For the reference backend and the fake kernels; the compiled op checks for itself.
+
+    Args:
+        several: there are more values per channel, in other processes.
     """
     check_input("batch_norm", x)
     check_activation(activation)
@@ -38,7 +42,7 @@ def check_arguments(
     check_number("batch_norm_act", "eps", eps)
     size = list(x.shape)
     count = size[0] * math.prod(size[2:])
-    if training and count == 1:
+    if training and count == 1 and not several:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}"
         )
@@ -338,6 +342,26 @@ def batch_norm(
     return _native_forward(*args)[0]
 
 
+def phases_of(backend: str) -> Any:
+    """What has the functions batch_norm_statistics, batch_norm_apply and so on of a backend."""
+    if backend == "reference":
+        return reference
+    return torch.ops.resops if backend == "native" else torch.ops.resops_triton
+
+
+def batch_norm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel, (C,) each, float32 (float64 for float64); no gradient.
+
+    Args:
+        x: (N, C, *spatial).
+    """
+    check_input("batch_norm", x)
+    statistics = phases_of(_dispatch.choose("batch_norm", x)).batch_norm_statistics
+    with torch.no_grad():
+        mean, var = statistics(x)
+    return mean, var
+
+
 # Fake kernels: sizes, dtypes and strides of what the compiled ops return. They check what the
 # compiled ops check: a call that mixes a meta tensor with others comes here.
 
@@ -354,7 +378,7 @@ def _check_statistics(x: Tensor, **statistics: Tensor | None) -> None:
             )
 
 
-def _check_apply(
+def check_apply(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -363,6 +387,7 @@ def _check_apply(
     invstd: Tensor,
     activation: str,
 ) -> None:
+    """Raise unless these go together in a pass that follows the statistics."""
     check_input("batch_norm", x)
     check_activation(activation)
     _check_pair("weight", weight, "bias", bias, x)
@@ -382,7 +407,7 @@ def _check_backward(
     invstd: Tensor,
     activation: str,
 ) -> None:
-    _check_apply(x, residual, weight, bias, mean, invstd, activation)
+    check_apply(x, residual, weight, bias, mean, invstd, activation)
     check_like("grad_y", grad_y, x)
     if mask is None or mask.numel() == 0:
         if residual is not None and activation in MASKED_ACTIVATIONS and x.numel() > 0:
@@ -400,19 +425,29 @@ def _check_backward(
         raise RuntimeError("mask should be empty for an activation without one")
     if mask.dtype != torch.uint8:
         raise RuntimeError(f"mask should have dtype torch.uint8, but got {mask.dtype}")
-    if mask.dim() != 1 or mask.numel() != size:
+    # Inductor gives a convolution's output other strides than it had when the mask was traced, and
+    # takes them back before the kernel runs: in between either layout may be seen here.
+    if mask.dim() != 1 or mask.numel() not in (size, *mask_sizes(x)):
         raise RuntimeError(
             f"mask should be a vector of {size} bytes, but got size {list(mask.shape)}"
         )
 
 
-def _statistic_like(x: Tensor) -> Tensor:
+def statistic_like(x: Tensor) -> Tensor:
+    """An uninitialised vector of C values in the dtype of x's statistics."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.empty(x.size(1), dtype=dtype, device=x.device)
 
 
-def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
+def empty(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What stands for a gradient that was not asked for."""
     return torch.empty(0, dtype=dtype, device=x.device)
+
+
+def parameter_grad_like(x: Tensor, parameter: Tensor | None, mean: Tensor, needed: bool) -> Tensor:
+    """An uninitialised gradient of weight or bias; empty where it is not needed."""
+    dtype = mean.dtype if parameter is None else parameter.dtype
+    return torch.empty(x.size(1) if needed else 0, dtype=dtype, device=x.device)
 
 
 def _mask_like(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
@@ -422,7 +457,7 @@ def _mask_like(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
 
 def _fake_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     check_input("batch_norm", x)
-    return _statistic_like(x), _statistic_like(x)
+    return statistic_like(x), statistic_like(x)
 
 
 def _fake_apply(
@@ -435,7 +470,7 @@ def _fake_apply(
     activation: str,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor]:
-    _check_apply(x, residual, weight, bias, mean, invstd, activation)
+    check_apply(x, residual, weight, bias, mean, invstd, activation)
     y = empty_output(x)
     return y, _mask_like(y, residual, activation)
 
@@ -457,7 +492,7 @@ def _fake_forward(
         x, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation
     )
     y = empty_output(x)
-    return y, _statistic_like(x), _statistic_like(x), _mask_like(y, residual, activation)
+    return y, statistic_like(x), statistic_like(x), _mask_like(y, residual, activation)
 
 
 def _fake_backward_reduce(
@@ -473,7 +508,7 @@ def _fake_backward_reduce(
     negative_slope: float,
 ) -> tuple[Tensor, Tensor]:
     _check_backward(grad_y, x, residual, mask, weight, bias, mean, invstd, activation)
-    return _statistic_like(x), _statistic_like(x)
+    return statistic_like(x), statistic_like(x)
 
 
 def _fake_backward_apply(
@@ -497,8 +532,8 @@ def _fake_backward_apply(
         raise ValueError("mean_grad and mean_grad_xhat must either both be None or neither be None")
     _check_statistics(x, mean_grad=mean_grad, mean_grad_xhat=mean_grad_xhat)
     return (
-        empty_output(x) if need_grad_x else _empty(x, x.dtype),
-        empty_output(x) if need_grad_residual else _empty(x, x.dtype),
+        empty_output(x) if need_grad_x else empty(x, x.dtype),
+        empty_output(x) if need_grad_residual else empty(x, x.dtype),
     )
 
 
@@ -517,16 +552,11 @@ def _fake_backward(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_backward(grad_y, x, residual, mask, weight, bias, mean, invstd, activation)
-
-    def parameter_grad(parameter: Tensor | None, needed: bool) -> Tensor:
-        dtype = mean.dtype if parameter is None else parameter.dtype
-        return torch.empty(x.size(1) if needed else 0, dtype=dtype, device=x.device)
-
     return (
-        empty_output(x) if output_mask[0] else _empty(x, x.dtype),
-        empty_output(x) if output_mask[1] else _empty(x, x.dtype),
-        parameter_grad(weight, output_mask[2]),
-        parameter_grad(bias, output_mask[3]),
+        empty_output(x) if output_mask[0] else empty(x, x.dtype),
+        empty_output(x) if output_mask[1] else empty(x, x.dtype),
+        parameter_grad_like(x, weight, mean, output_mask[2]),
+        parameter_grad_like(x, bias, mean, output_mask[3]),
     )
 
 

@@ -8,6 +8,7 @@ activation become post-operations of the one convolution that is left (docs/math
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -50,15 +51,18 @@ _POST_OPS: dict[str, tuple[str, list[float], str]] = {
     "silu": ("swish", [], ""),
     "gelu": ("gelu", [], "none"),
 }
+# Of a folded convolution by Winograd's algorithm: tiles of 4x4 outputs in an image with which it is
+# faster for any number of channels, and with which it is up to so many C * C_in.
+_MANY_TILES, _SOME_TILES, _CACHED_CHANNELS = 9, 4, 128 * 128
 # No sum of a convolution whose result is bounded by this overflows its accumulator or its result.
 _NO_OVERFLOW = {torch.float32: 1e38, torch.bfloat16: 1e38, torch.float16: 6e4}
 
 
-def _tuple(size: Size, n: int) -> tuple[int, ...]:
+def size_tuple(size: Size, n: int) -> tuple[int, ...]:
     return (size,) * n if isinstance(size, int) else tuple(size)
 
 
-def _paddings(
+def paddings_of(
     padding: Size | str, kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[int, ...] | None:
     """Zeros at both ends of every dimension; None where the two ends differ."""
@@ -67,7 +71,7 @@ def _paddings(
     if padding == "same":
         total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return None if any(t % 2 for t in total) else tuple(t // 2 for t in total)
-    return None if isinstance(padding, str) else _tuple(padding, len(kernel))
+    return None if isinstance(padding, str) else size_tuple(padding, len(kernel))
 
 
 class Situation(NamedTuple):
@@ -167,12 +171,18 @@ class FoldedConvolution:
             return False
         if not (at.channels_last or is_channels_last(layout_of)):
             return False  # the output of torch's own convolution would be contiguous
+        tiles = math.prod(-(-size // 4) for size in self.output_size[1:])
+        channels = math.prod(self.weight.shape[:2])
+        # Measured, for any number of images: what is read of the weight at all points, four times
+        # the weight, is to stay in the second-level cache, or to be used by many tiles.
+        if tiles < _MANY_TILES and (tiles < _SOME_TILES or channels > _CACHED_CHANNELS):
+            return False
         geometry = [list(size) for size in (self.stride, self.padding, self.dilation)]
         algorithm, _ = _native.module.conv_path(
             "forward",
             str(at.dtype).removeprefix("torch."),
-            [1, *at.x_size],
-            [1, *self.output_size],
+            [_MANY_TILES, *at.x_size],
+            [_MANY_TILES, *self.output_size],
             list(self.weight.shape),
             *geometry,
         )
@@ -404,8 +414,8 @@ def fold(
         return None
     kernel = tuple(conv_weight.shape[2:])
     n = len(kernel)
-    strides, dilations = _tuple(stride, n), _tuple(dilation, n)
-    paddings = _paddings(padding, kernel, dilations)
+    strides, dilations = size_tuple(stride, n), size_tuple(dilation, n)
+    paddings = paddings_of(padding, kernel, dilations)
     if paddings is None or n != len(at.x_size) - 1 or not 1 <= n <= 3:
         return None
     if any(len(sizes) != n for sizes in (strides, paddings, dilations)):

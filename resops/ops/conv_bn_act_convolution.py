@@ -101,7 +101,7 @@ def _pair(size: Any) -> tuple[int, ...] | None:
 Geometry = tuple[tuple[int, ...], tuple[int, ...]]  # stride and padding
 
 
-def _native_geometry(
+def native_geometry(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -183,7 +183,7 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """:func:`resops.reference.conv_bn_act.convolution`, natively where that is faster."""
-    native = _native_geometry(x, weight, bias, stride, padding, dilation, groups)
+    native = native_geometry(x, weight, bias, stride, padding, dilation, groups)
     if isinstance(native, str):
         return library_convolution(x, weight, bias, stride, padding, dilation, groups)
     y: Tensor = apply_function(ConvolutionFunction, x, weight, bias, *native)
@@ -209,7 +209,7 @@ def convolution_path(
         "winograd", "matrix_product", "onednn" (oneDNN's where PyTorch would take something else) or
         "library" (PyTorch's own convolution), and the reason.
     """
-    native = _native_geometry(x, weight, bias, stride, padding, dilation, groups)
+    native = native_geometry(x, weight, bias, stride, padding, dilation, groups)
     if isinstance(native, str):
         return "library", native
     assert _native.module is not None

@@ -48,12 +48,17 @@ def _memory_order(like: Tensor) -> list[int]:
     return [0, *dims[2:], 1] if not like.is_contiguous() else dims
 
 
-def mask_size(y: Tensor) -> int:
-    """Bytes of the 1-bit mask of ``y``: flat bits in channels-last, padded planes in contiguous."""
-    if is_channels_last(y):
-        return (y.numel() + 7) // 8
+def mask_sizes(y: Tensor) -> tuple[int, int]:
+    """Bytes of the 1-bit mask of a tensor of ``y``'s size: flat bits in channels-last, padded
+    planes in contiguous."""
     spatial = math.prod(y.shape[2:])
-    return y.size(0) * y.size(1) * ((spatial + 7) // 8)
+    return (y.numel() + 7) // 8, y.size(0) * y.size(1) * ((spatial + 7) // 8)
+
+
+def mask_size(y: Tensor) -> int:
+    """Bytes of the 1-bit mask of ``y``, in its layout."""
+    flat, planes = mask_sizes(y)
+    return flat if is_channels_last(y) else planes
 
 
 def _mask_rows(y: Tensor) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from bench import environment, gpu_gate
 from bench.gpu_gate import Gpu, Stage
+from bench.ops import gpu_batch_norm
 
 GPU = Gpu("Some GPU", "9.0", "1.2")
 
@@ -69,6 +71,45 @@ def test_rows_failures_and_resuming(
     assert [row["stage"] for row in rows(output)].count("good") == 1
     assert gpu_gate.main([*command, "--stage", "good", "--again"]) == 0
     assert [row["stage"] for row in rows(output)].count("good") == 2
+
+
+def test_commands_name_files_that_are_there() -> None:
+    """Every stage's commands, for a GPU that is not there."""
+    for stages in gpu_gate.JOBS.values():
+        for s in stages:
+            for command in s.commands(GPU):
+                for word in command:
+                    path = Path(word)
+                    source = path.suffix in (".cu", ".cpp", ".py") or word.startswith("tests/")
+                    assert not source or (gpu_gate.ROOT / path).exists(), word
+                    if "-m" in command and command[0] == sys.executable:
+                        module = command[command.index("-m") + 1]
+                        assert importlib.util.find_spec(module) is not None, module
+    names = {path.stem for path in (gpu_gate.ROOT / "tests/simt/kernels").glob("*.cpp")}
+    assert set(gpu_gate.PROGRAMS) == names
+
+
+def test_times_are_appended_and_not_taken_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The timing program itself, on a CPU, where its figures mean nothing."""
+    output = tmp_path / "times.jsonl"
+    command = ["--device", "cpu", "--batch", "1", "--shapes", "2", "--dtypes", "bf16"]
+    command += ["--output", str(output)]
+    assert gpu_batch_norm.main([*command, "--seconds", "0"]) == 1
+    assert "no time for: 64x112x112 bn+relu bf16" in capsys.readouterr().out
+    assert not output.exists()
+    assert gpu_batch_norm.main(command) == 0
+    first = output.read_text()
+    found = rows(output)
+    assert [row["shape"] for row in found] == ["64x112x112 bn+relu", "64x56x56 bn+relu"]
+    for row in found:
+        for provider in ("eager", "resops"):
+            for direction in ("forward", "backward"):
+                assert row[f"{provider} {direction}"]["us"] > 0
+        assert row["resops forward"]["share of copy"] > 0 and row["copies"] >= 2
+    assert gpu_batch_norm.main(command) == 0
+    assert output.read_text() == first
 
 
 def test_nothing_begins_without_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,15 @@ import torch
 
 import resops
 from bench.models.stock_resnet import CONFIGURATIONS, create_stock_model
-from bench.shapes import BANDWIDTH_SHAPES, RESNET50, VARIANTS, BatchNormShape, trace_batch_norms
+from bench.shapes import (
+    BANDWIDTH_SHAPES,
+    DENSENET121,
+    RESNET50,
+    VARIANTS,
+    BatchNormShape,
+    trace_batch_norms,
+)
+from tests.torchvision_ops import torchvision
 
 
 def test_resnet50_has_the_shapes_that_its_stock_model_shows() -> None:
@@ -15,6 +23,17 @@ def test_resnet50_has_the_shapes_that_its_stock_model_shows() -> None:
     assert sum(RESNET50.values()) == 53
     assert set(BANDWIDTH_SHAPES) <= set(RESNET50) <= set(VARIANTS)
     assert len(VARIANTS) == 12 * 2 + 4  # twelve sizes, four of which also come without a ReLU
+
+
+def test_densenet121_has_the_shapes_that_torchvisions_shows() -> None:
+    """Its last ReLU is a function that works in place, which the trace takes for a sum."""
+    with torch.device("meta"):
+        model = torchvision().models.densenet121()
+    found = trace_batch_norms(model)
+    last = found.pop(BatchNormShape(1024, 7, 7, True, False))
+    found[BatchNormShape(1024, 7, 7, False, True)] += last
+    assert found == DENSENET121
+    assert sum(DENSENET121.values()) == 121
 
 
 def test_the_trace_tells_plain_norms_from_those_with_a_sum() -> None:

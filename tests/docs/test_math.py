@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from . import (  # noqa: F401
+    test_batch_norm_act_max_pool_math,
     test_batch_norm_math,
     test_batch_norm_statistics_math,
     test_conv_bn_act_math,
@@ -28,7 +29,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = sorted([*DOCS.glob("math/*.md"), DOCS / "architecture.md"])
 
 DEFINITION = re.compile(r"\\text\{\(([A-Z]\d+)\)\}")
-REFERENCE = re.compile(r"\(([ABFR]\d+)\)")
+REFERENCE = re.compile(r"\(([ABFPR]\d+)\)")
 
 
 def test_every_label_isCHECKED() -> None:

@@ -8,7 +8,7 @@ RESOPS_TEST_DEVICE=cpu runs the part of this file that needs no CUDA, to try the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import resops
 from resops import _dispatch
-from resops.functional import batch_norm_act, residual_add
+from resops.functional import batch_norm_act, batch_norm_act_max_pool, residual_add
 from tests.accuracy import Exact, assert_rule_R, to_numpy
 from tests.dispatch import counted_calls, native_calls
 
@@ -32,6 +32,13 @@ pytestmark = pytest.mark.skipif(
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="about CUDA itself")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _native() -> Iterator[None]:
+    """By name: on a GPU ``auto`` does not take these kernels yet."""
+    with resops.backend("native"):
+        yield
 
 
 def inputs(dtype: torch.dtype, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,6 +144,72 @@ def test_replay_of_a_graph(dtype: torch.dtype) -> None:
         torch.cuda.synchronize()
         for replayed, eager in zip(captured, step(), strict=True):
             assert torch.equal(replayed, eager)
+
+
+@needs_gpu
+@pytest.mark.parametrize("scheme", ["two_reads", "reverse", "single_read"])
+@pytest.mark.parametrize("shape", [(32, 2048, 7, 7), (32, 512, 14, 14), (64, 64, 56, 56)], ids=str)
+def test_schemes_agree_and_are_captured(
+    shape: tuple[int, ...], scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way to read, in eager and in a graph, cooperative launches too; two schemes agree to
+    rounding, one agrees with itself to the bit."""
+    x, residual, grad = inputs(torch.bfloat16, *shape)
+    norm = layer(shape[1])
+    want = forward_and_backward(norm, x, residual, grad)
+    monkeypatch.setenv("RESOPS_CUDA_BATCH_NORM", scheme)
+    got = forward_and_backward(norm, x, residual, grad)
+    for a, b in zip(got, want, strict=True):
+        # A sign of z within rounding of 0 may differ, and with it one element of a gradient.
+        assert ((a.float() - b.float()).norm() <= 2**-7 * b.float().norm()).item()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        forward_and_backward(norm, x, residual, grad)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = forward_and_backward(norm, x, residual, grad)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(captured, got, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_batch_norm_act_max_pool(layout: torch.memory_format) -> None:
+    """The native op, its checks by opcheck, the same bits twice and compiled."""
+    x = inputs(torch.bfloat16, 4, 16, 12, 10)[0].contiguous(memory_format=layout)
+    norm = layer(16)
+
+    def stem(x: Tensor) -> Tensor:
+        return batch_norm_act_max_pool(
+            x, None, None, norm.weight, norm.bias, True, kernel_size=3, stride=2, padding=1
+        )
+
+    leaf = x.requires_grad_()
+    results = []
+    for call in (stem, stem, torch.compile(stem, fullgraph=True)):
+        y = call(leaf)
+        results.append((y.detach(), torch.autograd.grad(y.sum(), leaf)[0]))
+    with counted_calls() as calls:
+        stem(leaf)
+    assert native_calls(calls) == {"batch_norm_act_max_pool_forward": 1}
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b) and a.stride() == b.stride()
+    arguments: tuple[Any, ...] = (
+        x.detach(),
+        norm.weight.detach(),
+        norm.bias.detach(),
+        None,
+        None,
+        True,
+        0.1,
+        1e-5,
+    )
+    arguments += ("relu", 0.0, [3, 3], [2, 2], [1, 1])
+    torch.library.opcheck(torch.ops.resops.batch_norm_act_max_pool_forward.default, arguments)
 
 
 @needs_gpu

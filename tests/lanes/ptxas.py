@@ -1,13 +1,16 @@
 """The compile check of the CUDA kernels: registers, stack and spills, per architecture.
 
-    python tests/lanes/ptxas.py [--all] [ARCHITECTURE ...]
+    python tests/lanes/ptxas.py [--all] [--release] [ARCHITECTURE ...]
 
-compiles every file of csrc/cuda with nvcc for each architecture (80, 90a and 120) and prints what
-ptxas says, one row per kernel, or with ``--all`` per instance. It fails where a kernel that walks
+compiles every file of csrc/cuda, and the CUDA programs of bench, with nvcc for each architecture
+(80, 90a and 120) and prints what ptxas says, one row per kernel, or with ``--all`` per instance. It
+fails where a kernel that walks
 over tensors spills, uses the stack, or has more registers than leave room for two blocks on a
 multiprocessor; and, where cuobjdump is (that of the CUDA toolkit or of the package triton), where
 the machine code of one that is compiled for vectors has no 16-byte loads or stores, or that of a
-convolution does not multiply on tensor cores. No GPU is needed.
+convolution does not multiply on tensor cores. ``--release`` adds the other architectures of a
+release, of which only one file is compiled: what differs between them and the three is not in our
+source. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -26,11 +29,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+SOURCES = [
+    path for folder in ("csrc/cuda", "bench") for path in sorted((ROOT / folder).glob("*.cu"))
+]
 ARCHITECTURES = ("80", "90a", "120")
+# The others that a release has code for (docs/architecture.md), and the file that is compiled for
+# them: the one with the fewest instances.
+RELEASE = ("86", "89", "100")
+RELEASE_SOURCE = ROOT / "csrc" / "cuda" / "residual_add.cu"
 BUILD = ROOT / "build" / "ptxas"
 # As in CMakeLists.txt.
-FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fmad=false", f"-I{ROOT / 'csrc'}"]
+FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fmad=false"]
+FLAGS += [f"-I{ROOT / folder}" for folder in ("csrc", "csrc/cuda")]
 MOST_REGISTERS = 128  # 65536 of a multiprocessor, for two blocks of 256 threads
 
 
@@ -218,11 +228,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("architectures", nargs="*", default=ARCHITECTURES, metavar="ARCHITECTURE")
     parser.add_argument("--all", action="store_true", help="a row for every instance")
+    parser.add_argument("--release", action="store_true", help="the architectures of a release too")
     options = parser.parse_args()
     if find_nvcc() is None:
         print("no nvcc on this machine: nothing was checked")
         return 0
     jobs = [(source, a) for a in options.architectures for source in SOURCES]
+    if options.release:
+        jobs += [(RELEASE_SOURCE, a) for a in RELEASE if a not in options.architectures]
     workers = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(workers) as pool:
         found = [k for ks in pool.map(lambda job: compile_kernels(*job), jobs) for k in ks]

@@ -127,11 +127,8 @@ def test_evaluation_is_convolutions_only(name: str, mode: Any) -> None:
         ours(x)
         with counted_calls() as calls:
             ours(x)
-    winograd = calls["conv_bn_act_folded"]  # that of every 3x3 convolution of stride 1
-    assert winograd == sum(
-        isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.stride == (1, 1)
-        for m in ours.modules()
-    )
+    winograd = calls["conv_bn_act_folded"]  # where an image has many tiles, or a layer few channels
+    assert winograd > 0
     assert calls["mkldnn::_convolution_pointwise"] + winograd == convolutions
     for name in calls:
         assert "batch_norm" not in name and "relu" not in name and "add" not in name.split("::")[1:]

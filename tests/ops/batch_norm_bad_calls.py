@@ -268,7 +268,7 @@ BAD |= {
     ),
     "functional_process_group": Bad(
         lambda: batch_norm_act(x_like(), None, None, training=True, process_group=object()),
-        MISSING,
+        "TypeError",
         "process_group",
     ),
     "functional_momentum_none": Bad(

@@ -35,8 +35,11 @@ def fake() -> Iterator[None]:
 
 
 def tensors(dtype: torch.dtype = torch.bfloat16, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    kwargs = {"memory_format": torch.channels_last, "device": "cuda", "dtype": dtype, **kwargs}
-    return torch.empty(2, 8, 5, 7, **kwargs), torch.empty(16, 8, 3, 3, **kwargs)
+    kinds: Any = {"memory_format": torch.channels_last, "device": "cuda", "dtype": dtype}
+    kinds |= kwargs
+    x: Tensor = torch.empty((2, 8, 5, 7), **kinds)
+    weight: Tensor = torch.empty((16, 8, 3, 3), **kinds)
+    return x, weight
 
 
 @pytest.mark.usefixtures("built_for_cuda", "cudnn", "fake")

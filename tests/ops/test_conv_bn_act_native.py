@@ -442,13 +442,12 @@ def path(
     from resops import _C
 
     arguments = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]} | changed
-    channels, size = changed.pop("channels", 64), 28
-    arguments.pop("channels", None)
+    batch, channels, size = (arguments.pop(n, d) for n, d in (("n", 8), ("c", 64), ("size", 28)))
     return _C.conv_path(
         direction,
         dtype,
-        [8, channels, size, size],
-        [8, channels, size, size],
+        [batch, channels, size, size],
+        [batch, channels, size, size],
         [channels, channels, kernel, kernel],
         **arguments,
     )
@@ -463,7 +462,9 @@ def path(
         ({"stride": [2, 2]}, "library", "the stride is not 1"),
         ({"dilation": [2, 2]}, "library", "the dilation is not 1"),
         ({"padding": [3, 3]}, "library", "the padding is more than 2"),
-        ({"channels": 3}, "library", "there are fewer than 16 channels"),
+        ({"n": 7, "size": 4}, "library", "there are fewer than 8 tiles of 4x4 outputs"),
+        ({"n": 8, "size": 4}, "winograd", "3x3 of stride 1"),
+        ({"c": 3}, "library", "there are fewer than 16 channels"),
         ({"dtype": "float64"}, "library", "float64 is there for derivative checks"),
         ({"kernel": 1, "padding": [0, 0]}, "onednn", "1x1, more than 196 positions"),
         (

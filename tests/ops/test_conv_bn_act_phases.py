@@ -155,8 +155,7 @@ def test_fake_outputs_are_channels_last_and_of_the_right_size(sizes: tuple[int, 
     y, mean, var = ops.conv_bn_act_forward(
         [x], *before, weight, None, None, "identity", 0.0, *geometry, True
     )
-    stride, padding, dilation = map(tuple, geometry)
-    expected = phases.convolution(x, weight, None, stride, padding, dilation, 1)
+    expected = phases.convolution(x, weight, None, (2,) * n, (3,) * n, (1,) * n, groups=1)
     assert y.shape == expected.shape and y.dtype == x.dtype
     assert mean.shape == var.shape == (4,) and mean.dtype == torch.float32
     g, *sums = ops.conv_bn_act_backward_data(

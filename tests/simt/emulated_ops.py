@@ -18,7 +18,7 @@ from . import emulator
 
 _TORCH = Path(torch.__path__[0])
 _CSRC = emulator.ROOT / "csrc"
-OPS = ("batch_norm", "conv_bn_act", "residual_add")
+OPS = ("batch_norm", "batch_norm_act_max_pool", "conv_bn_act", "residual_add")
 # conv_bn_act stages tiles in shared memory: as much as every GPU has without asking.
 _SHARED_BYTES = 48 * 1024
 
@@ -29,7 +29,7 @@ def load() -> Any:
     sources = [
         *(emulator.FOLDER / name for name in ("simt.cpp", "limits.cpp")),
         *(_CSRC / f"{op}.cpp" for op in OPS),
-        *(_CSRC / "cuda" / f"{op}.cu" for op in OPS),
+        *(path for path in sorted((_CSRC / "cuda").glob("*.cu")) if path.stem != "device"),
         *(_CSRC / "cuda" / "bindings" / f"{op}.cpp" for op in OPS),
     ]
     includes = [_TORCH / "include", _TORCH / "include/torch/csrc/api/include"]

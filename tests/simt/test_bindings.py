@@ -3,6 +3,7 @@ layouts, outputs and their strides, against the oracles of the CPU ops, by rule 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 
 from resops import _dispatch
 from resops.ops import batch_norm as batch_norm_op
+from resops.ops import batch_norm_act_max_pool as pool_op
 from resops.ops import conv_bn_act_phases
 from resops.reference import conv_bn_act as convolutions
 from resops.reference.activation import activate
 from tests.accuracy import Exact, assert_rule_R, to_numpy
 from tests.gpu.device_ops import DeviceOps
+from tests.ops import batch_norm_act_max_pool_oracle as pool_oracle
 from tests.ops import batch_norm_oracle, residual_add_oracle
 from tests.tensors import LAYOUTS, exact_batch, guarded, in_layout, ulps_apart
 
@@ -395,3 +398,56 @@ def test_conv_bn_act_refusals(
     arguments = ConvCase([x], 4, GEOMETRIES[1]).arguments | changes
     with pytest.raises(error, match=message):
         ops.conv_bn_act_forward(*arguments.values())
+
+
+# ---- batch_norm_act_max_pool --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("windows", pool_oracle.WINDOWS, ids=str)
+def test_batch_norm_act_max_pool(ops: Any, windows: pool_oracle.Windows) -> None:
+    for i, activation in enumerate(batch_norm_oracle.ACTIVATIONS):
+        for layout in ("contiguous", "channels_last", "every_second"):
+            dtype, channels = DTYPES[i % 3], (1, 5, 16)[i % 3]
+            case = pool_oracle.make_case(
+                (2, channels, 11, 8),
+                windows,
+                dtype,
+                layout,
+                activation=activation,
+                parameter_dtype=dtype if i % 2 else torch.float32,
+                training=i != 3,
+            )
+            case.check(pool_oracle.run_ops(case, ops))
+
+
+def test_strides_of_batch_norm_act_max_pool(ops: Any) -> None:
+    for layout in ("contiguous", "channels_last", "every_second"):
+        for shape in ((2, 3, 6, 7), (1, 1, 4, 4), (3, 4, 3, 3)):
+            arguments = pool_oracle.make_case(shape, layout=layout).arguments()
+            real = ops.batch_norm_act_max_pool_forward(*arguments)
+            fake = pool_op._fake_forward(*arguments)
+            for r, f in zip(real, fake, strict=True):
+                assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
+
+
+# ---- how often tensors are read -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["reverse", "single_read"])
+def test_schemes(ops: Any, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule R with each, twice the same bits, and a name that is none is refused."""
+    monkeypatch.setenv("RESOPS_CUDA_BATCH_NORM", scheme)
+    for dtype, activation, training in itertools.product(DTYPES, ("relu", "silu"), (True, False)):
+        for channels in (8, 40, 17):  # 17 channels are read twice in any case
+            x = in_layout(values((3, channels, 4, 5), dtype), "channels_last", offset=1)
+            case = batch_norm_oracle.random_case(
+                x, residual=True, activation=activation, training=training, parameter_dtype=dtype
+            ).with_decided_signs()
+            out, again = (batch_norm_oracle.run_ops(case, ops) for _ in range(2))
+            case.check(out)
+            for name, t in out.items():
+                other = again[name]
+                assert t is None or (other is not None and torch.equal(t, other)), name
+    monkeypatch.setenv("RESOPS_CUDA_BATCH_NORM", "once")
+    with pytest.raises(ValueError, match="two_reads, reverse or single_read, but got 'once'"):
+        batch_norm_oracle.run_ops(case, ops)

@@ -8,11 +8,13 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <optional>
 #include <tuple>
 
-#include "../../batch_norm.h"
 #include "../../common/tensor_checks.h"
-#include "device_call.h"
+#include "../batch_norm_slab.h"
+#include "batch_norm_call.h"
 
 namespace resops::cuda {
 namespace {
@@ -26,37 +28,75 @@ BatchNormShape shape_of(const Tensor& x) {
   return {kernel_dtype(x), x.size(0), x.size(1), spatial, channels_last};
 }
 
-Tensor empty_vector(const Tensor& x, int64_t size, at::ScalarType dtype = at::kFloat) {
-  return at::empty({size}, plain(x, dtype));
+// How often a pass reads its tensors, RESOPS_CUDA_BATCH_NORM. What is not the default has not been
+// measured on a GPU.
+enum class Scheme {
+  two_reads,
+  reverse,      // two, and the second begins where the first ended
+  single_read,  // where a slab of channels fits on the chip; else two
+};
+Scheme chosen_scheme() {
+  const char* name = std::getenv("RESOPS_CUDA_BATCH_NORM");
+  const std::string_view scheme = name ? name : "two_reads";
+  TORCH_CHECK_VALUE(scheme == "two_reads" || scheme == "reverse" || scheme == "single_read",
+                    "RESOPS_CUDA_BATCH_NORM must be two_reads, reverse or single_read, but got '",
+                    std::string(scheme), "'");
+  return scheme == "reverse"       ? Scheme::reverse
+         : scheme == "single_read" ? Scheme::single_read
+                                   : Scheme::two_reads;
+}
+BatchNormOptions second_read() {
+  BatchNormOptions options;
+  options.reverse = chosen_scheme() == Scheme::reverse;
+  return options;
+}
+std::optional<BatchNormSlabs> slabs_for(const BatchNormShape& shape, int tensors) {
+  if (chosen_scheme() != Scheme::single_read) return {};
+  return choose_batch_norm_slabs(shape, tensors);
 }
 
 Tensor workspace_for(const Tensor& x, const BatchNormShape& shape) {
   return empty_vector(x, batch_norm_workspace(shape));
 }
 
-// The values per channel, in the memory that the kernels read them from.
-struct Affine {
-  Affine(const Tensor& mean_, const Tensor& invstd_, const OptionalTensor& weight_,
-         const OptionalTensor& bias_)
-      : mean(mean_.contiguous()), invstd(invstd_.contiguous()) {
-    args.mean = mean.const_data_ptr<float>();
-    args.invstd = invstd.const_data_ptr<float>();
-    args.weight = vector_of(weight_, weight);
-    args.bias = vector_of(bias_, bias);
-  }
-  static ChannelVector vector_of(const OptionalTensor& t, Tensor& kept) {
-    if (!t) return {nullptr, true};
-    kept = t->contiguous();
-    return {kept.const_data_ptr(), kept.scalar_type() == at::kFloat};
-  }
-  Tensor mean, invstd, weight, bias;
-  BatchNormAffine args;
-};
-
 RunningStatistic running_statistic(const OptionalTensor& t) {
   if (!t) return {nullptr, true, 1};
   return {t->mutable_data_ptr(), t->scalar_type() == at::kFloat, t->stride(0)};
 }
+
+BatchNormStatistics statistics_of(const Tensor& mean, const Tensor& invstd,
+                                  const OptionalTensor& running_mean,
+                                  const OptionalTensor& running_var, double momentum, double eps) {
+  return {mean.mutable_data_ptr<float>(),
+          nullptr,
+          invstd.mutable_data_ptr<float>(),
+          eps,
+          running_statistic(running_mean),
+          running_statistic(running_var),
+          momentum};
+}
+
+}  // namespace
+
+std::pair<Tensor, Tensor> batch_norm_mean_invstd(const Tensor& x,
+                                                 const OptionalTensor& running_mean,
+                                                 const OptionalTensor& running_var, bool training,
+                                                 double momentum, double eps, Stream stream) {
+  const BatchNormShape shape = shape_of(x);
+  Tensor mean = empty_vector(x, shape.channels), invstd = empty_vector(x, shape.channels);
+  const BatchNormStatistics out =
+      statistics_of(mean, invstd, running_mean, running_var, momentum, eps);
+  if (training) {
+    const Tensor workspace = workspace_for(x, shape);
+    launch_batch_norm_statistics(shape, x.const_data_ptr(), workspace.mutable_data_ptr<float>(),
+                                 out, stream);
+  } else {
+    launch_batch_norm_frozen(shape.channels, shape.dtype, out, stream);
+  }
+  return {mean, invstd};
+}
+
+namespace {
 
 // ---- forward -----------------------------------------------------------------------------------
 
@@ -75,27 +115,29 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& x) {
   return {mean, var};
 }
 
-// `x` is dense.
-std::tuple<Tensor, Tensor> run_apply(const BatchNormShape& shape, const MemoryLayout& layout,
-                                     const Tensor& x, const OptionalTensor& residual,
-                                     const Affine& affine, Activation activation,
-                                     double negative_slope, Stream stream) {
-  const bool masked = residual && is_masked(activation);
-  Tensor y = layout.empty(x);
-  Tensor mask = empty_vector(x, masked ? shape.mask_bytes() : 0, at::kByte);
-  if (shape.numel() == 0) return {y, mask};
-  const Tensor added = residual ? dense(layout, *residual) : Tensor();
-  BatchNormApply apply{};
-  apply.affine = affine.args;
-  apply.activation = activation;
-  apply.negative_slope = static_cast<float>(negative_slope);
-  apply.x = x.const_data_ptr();
-  apply.residual = residual ? added.const_data_ptr() : nullptr;
-  apply.y = y.mutable_data_ptr();
-  apply.mask = masked ? mask.mutable_data_ptr<uint8_t>() : nullptr;
-  launch_batch_norm_apply(shape, apply, {}, stream);
-  return {y, mask};
-}
+// The outputs of apply, and its arguments. `x` is dense.
+struct ApplyCall {
+  ApplyCall(const BatchNormShape& shape, const MemoryLayout& layout, const Tensor& x,
+            const OptionalTensor& residual, const Affine& affine, Activation activation,
+            double negative_slope)
+      : y(layout.empty(x)) {
+    const bool masked = residual && is_masked(activation);
+    mask = empty_vector(x, masked ? shape.mask_bytes() : 0, at::kByte);
+    if (residual) added = dense(layout, *residual);
+    args.affine = affine.args;
+    args.activation = activation;
+    args.negative_slope = static_cast<float>(negative_slope);
+    args.x = x.const_data_ptr();
+    args.residual = residual ? added.const_data_ptr() : nullptr;
+    args.y = y.mutable_data_ptr();
+    args.mask = masked ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+  }
+  void run(const BatchNormShape& shape, Stream stream) const {
+    if (shape.numel() > 0) launch_batch_norm_apply(shape, args, second_read(), stream);
+  }
+  Tensor y, mask, added;
+  BatchNormApply args{};
+};
 
 std::tuple<Tensor, Tensor> batch_norm_apply(const Tensor& x, const OptionalTensor& residual,
                                             const OptionalTensor& weight,
@@ -107,8 +149,12 @@ std::tuple<Tensor, Tensor> batch_norm_apply(const Tensor& x, const OptionalTenso
   check_dtype("batch_norm", x);
   const DeviceCall call(x);
   const MemoryLayout layout(x);
-  return run_apply(shape_of(x), layout, dense(layout, x), residual,
-                   Affine(mean, invstd, weight, bias), act, negative_slope, call.stream);
+  const BatchNormShape shape = shape_of(x);
+  const Tensor input = dense(layout, x);
+  const Affine affine(mean, invstd, weight, bias);
+  const ApplyCall apply(shape, layout, input, residual, affine, act, negative_slope);
+  apply.run(shape, call.stream);
+  return {apply.y, apply.mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
@@ -124,24 +170,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
   const MemoryLayout layout(x);
   const BatchNormShape shape = shape_of(x);
   const Tensor input = dense(layout, x);
-  Tensor mean = empty_vector(x, shape.channels), invstd = empty_vector(x, shape.channels);
-  const BatchNormStatistics out{mean.mutable_data_ptr<float>(),
-                                nullptr,
-                                invstd.mutable_data_ptr<float>(),
-                                eps,
-                                running_statistic(running_mean),
-                                running_statistic(running_var),
-                                momentum};
-  if (training) {
-    const Tensor workspace = workspace_for(x, shape);
-    launch_batch_norm_statistics(shape, input.const_data_ptr(), workspace.mutable_data_ptr<float>(),
-                                 out, call.stream);
-  } else {
-    launch_batch_norm_frozen(shape.channels, shape.dtype, out, call.stream);
+  const std::optional<BatchNormSlabs> slabs = training ? slabs_for(shape, 1) : std::nullopt;
+  if (!slabs) {
+    const auto [mean, invstd] = batch_norm_mean_invstd(input, running_mean, running_var, training,
+                                                       momentum, eps, call.stream);
+    const Affine affine(mean, invstd, weight, bias);
+    const ApplyCall apply(shape, layout, input, residual, affine, act, negative_slope);
+    apply.run(shape, call.stream);
+    return {apply.y, mean, invstd, apply.mask};
   }
-  auto [y, mask] = run_apply(shape, layout, input, residual, Affine(mean, invstd, weight, bias),
-                             act, negative_slope, call.stream);
-  return {y, mean, invstd, mask};
+  const Tensor mean = empty_vector(x, shape.channels), invstd = empty_vector(x, shape.channels);
+  const Affine affine(mean, invstd, weight, bias);
+  const ApplyCall apply(shape, layout, input, residual, affine, act, negative_slope);
+  const Tensor workspace = empty_vector(x, batch_norm_slab_workspace(shape, *slabs));
+  launch_batch_norm_slab_forward(
+      shape, *slabs, statistics_of(mean, invstd, running_mean, running_var, momentum, eps),
+      apply.args, workspace.mutable_data_ptr<float>(), call.stream);
+  return {apply.y, mean, invstd, apply.mask};
 }
 
 // ---- backward ----------------------------------------------------------------------------------
@@ -180,20 +225,48 @@ struct BackwardCall {
 
   std::tuple<Tensor, Tensor> apply(const Tensor& sum_grad, const Tensor& sum_grad_xhat,
                                    double factor, bool need_grad_x, bool need_grad_residual) const {
-    const Tensor none = empty_vector(x, 0, x.scalar_type());
-    Tensor grad_x = need_grad_x ? layout.empty(x) : none;
-    Tensor grad_residual = need_grad_residual ? layout.empty(x) : none;
-    if (shape.numel() == 0 || (!need_grad_x && !need_grad_residual)) {
-      return {grad_x, grad_residual};
-    }
-    const BatchNormGradientOut out{
+    const Gradients grads(*this, need_grad_x, need_grad_residual);
+    if (shape.numel() == 0 || (!need_grad_x && !need_grad_residual)) return grads.tensors();
+    const BatchNormGradientOut out = grads.args(
         sum_grad.defined() ? sum_grad.const_data_ptr<float>() : nullptr,
-        sum_grad_xhat.defined() ? sum_grad_xhat.const_data_ptr<float>() : nullptr,
-        static_cast<float>(factor), need_grad_x ? grad_x.mutable_data_ptr() : nullptr,
-        need_grad_residual ? grad_residual.mutable_data_ptr() : nullptr};
-    launch_batch_norm_backward_apply(shape, args, out, {}, device.stream);
-    return {grad_x, grad_residual};
+        sum_grad_xhat.defined() ? sum_grad_xhat.const_data_ptr<float>() : nullptr, factor);
+    launch_batch_norm_backward_apply(shape, args, out, second_read(), device.stream);
+    return grads.tensors();
   }
+
+  // How many tensors the two passes read.
+  int tensors() const { return args.residual ? 3 : 2; }
+
+  // reduce and apply with a single read.
+  std::tuple<Tensor, Tensor> at_once(const BatchNormSlabs& slabs, const BatchNormSums& sums,
+                                     bool training, double factor, bool need_grad_x,
+                                     bool need_grad_residual) const {
+    const Gradients grads(*this, need_grad_x, need_grad_residual);
+    const Tensor workspace = empty_vector(x, batch_norm_slab_workspace(shape, slabs));
+    const BatchNormGradientOut out = grads.args(training ? sums.sum_grad : nullptr,
+                                                training ? sums.sum_grad_xhat : nullptr, factor);
+    launch_batch_norm_slab_backward(shape, slabs, args, sums, out,
+                                    workspace.mutable_data_ptr<float>(), device.stream);
+    return grads.tensors();
+  }
+
+  // grad_x and grad_residual, empty where they are not wanted.
+  struct Gradients {
+    Gradients(const BackwardCall& call, bool need_x, bool need_residual) {
+      const Tensor none = empty_vector(call.x, 0, call.x.scalar_type());
+      x = need_x ? call.layout.empty(call.x) : none;
+      residual = need_residual ? call.layout.empty(call.x) : none;
+    }
+    std::tuple<Tensor, Tensor> tensors() const { return {x, residual}; }
+    BatchNormGradientOut args(const float* sum_grad, const float* sum_grad_xhat,
+                              double factor) const {
+      const auto data = [](const Tensor& t) {
+        return t.numel() > 0 ? t.mutable_data_ptr() : nullptr;
+      };
+      return {sum_grad, sum_grad_xhat, static_cast<float>(factor), data(x), data(residual)};
+    }
+    Tensor x, residual;
+  };
 
   DeviceCall device;
   MemoryLayout layout;
@@ -259,30 +332,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const BackwardCall call(grad_y, x, residual, mask, weight, bias, mean, invstd, act,
                           negative_slope);
   const auto [need_x, need_residual, need_weight, need_bias] = output_mask;
-  const int64_t channels = x.size(1);
-  Tensor sum_grad, sum_grad_xhat;
-  // The sums are the gradients, but for parameters of 16 bits.
-  const auto own_grad = [&](const OptionalTensor& parameter, bool needed) {
-    if (!needed) return empty_vector(x, 0, parameter ? parameter->scalar_type() : at::kFloat);
-    if (!parameter || parameter->scalar_type() == at::kFloat) return Tensor();
-    return empty_vector(x, channels, parameter->scalar_type());
-  };
-  Tensor grad_weight = own_grad(weight, need_weight), grad_bias = own_grad(bias, need_bias);
-  if (need_weight || need_bias || (need_x && training)) {
-    sum_grad = empty_vector(x, channels);
-    sum_grad_xhat = empty_vector(x, channels);
-    const auto data = [](const Tensor& t) {
-      return t.defined() && t.numel() > 0 ? t.mutable_data_ptr() : nullptr;
-    };
-    call.reduce({sum_grad.mutable_data_ptr<float>(), sum_grad_xhat.mutable_data_ptr<float>(),
-                 data(grad_bias), data(grad_weight)});
-  }
+  ParameterGradients grads(x, weight, bias, need_weight, need_bias, need_x && training);
   const double factor = 1.0 / static_cast<double>(std::max<int64_t>(call.shape.count(), 1));
-  auto [grad_x, grad_residual] =
-      call.apply(training ? sum_grad : Tensor(), training ? sum_grad_xhat : Tensor(), factor,
-                 need_x, need_residual);
-  return {grad_x, grad_residual, grad_weight.defined() ? grad_weight : sum_grad_xhat,
-          grad_bias.defined() ? grad_bias : sum_grad};
+  const Tensor sum_grad = training ? grads.sum_grad() : Tensor(),
+               sum_grad_xhat = training ? grads.sum_grad_xhat() : Tensor();
+  if (grads.needed() && (need_x || need_residual)) {
+    if (const auto slabs = slabs_for(call.shape, call.tensors())) {
+      auto [grad_x, grad_residual] =
+          call.at_once(*slabs, grads.sums(), training, factor, need_x, need_residual);
+      return {grad_x, grad_residual, grads.grad_weight(), grads.grad_bias()};
+    }
+  }
+  if (grads.needed()) call.reduce(grads.sums());
+  auto [grad_x, grad_residual] = call.apply(sum_grad, sum_grad_xhat, factor, need_x, need_residual);
+  return {grad_x, grad_residual, grads.grad_weight(), grads.grad_bias()};
 }
 
 }  // namespace

@@ -106,7 +106,7 @@ struct Statistics {
   Buffer mean, var;
 };
 Statistics statistics_of(const BatchNormShape& shape, Buffer& x) {
-  Buffer workspace(DType::f32, gpu::batch_norm_workspace(shape));
+  Workspace workspace(gpu::batch_norm_workspace(shape));
   Statistics s{Buffer(DType::f32, shape.channels), Buffer(DType::f32, shape.channels)};
   gpu::launch_batch_norm_statistics(
       shape, x.data(), workspace.as<float>(),
@@ -289,7 +289,7 @@ void traffic() {
         y(l.dtype, shape.numel(), 0), grad(l.dtype, shape.numel(), 0);
     Buffer mean(DType::f32, l.channels), invstd(DType::f32, l.channels);
     Buffer mask(DType::f16, (shape.mask_bytes() + 1) / 2, 0);
-    Buffer workspace(DType::f32, gpu::batch_norm_workspace(shape));
+    Workspace workspace(gpu::batch_norm_workspace(shape));
     for (int64_t i = 0; i < shape.numel(); ++i) {
       x.set(i, static_cast<double>(i % 5));
       residual.set(i, static_cast<double>(i % 3));

@@ -3,7 +3,10 @@
 
 #pragma once
 
+#include <optional>
+
 #include "batch_norm.h"
+#include "batch_norm_slab.h"
 #include "tensors.h"
 
 using namespace resops;
@@ -19,7 +22,8 @@ struct Config {
   bool affine = true, training = true, half_parameters = false;
   bool reverse = false, frozen_gradient = false;
   int blocks = 0;
-  double mean = 3;  // in standard deviations
+  double mean = 3;                           // in standard deviations
+  std::optional<gpu::SlabRegime> slab = {};  // with a single read
 
   std::string describe() const {
     char text[200];
@@ -28,6 +32,7 @@ struct Config {
                   static_cast<long long>(spatial), channels_last ? "channels-last" : "contiguous",
                   name_of(activation), residual ? " residual" : "", affine ? "" : " no affine",
                   training ? "" : " frozen", reverse ? " reverse" : "", blocks);
+    if (slab) return std::string(text) + " slab regime " + std::to_string(static_cast<int>(*slab));
     return text;
   }
 };
@@ -142,8 +147,14 @@ class Call {
     check_rule_R(c.describe() + ": " + what, got, exact, kappa);
   }
 
+  gpu::BatchNormSlabs slabs(int tensors) const {
+    const auto cut = gpu::choose_batch_norm_slabs(shape, tensors, c.slab);
+    if (!cut || (c.slab && cut->regime != *c.slab)) fail(c.describe() + ": does not fit");
+    return *cut;
+  }
+
   void run_forward() {
-    Buffer workspace(DType::f32, gpu::batch_norm_workspace(shape));
+    Workspace workspace(gpu::batch_norm_workspace(shape));
     Buffer variance(DType::f32, c.channels);
     const Buffer old_mean = running_mean, old_var = running_var;
     const bool is_float = parameter == DType::f32;
@@ -154,9 +165,24 @@ class Call {
                                  {running_mean.data(), is_float, 1},
                                  {running_var.data(), is_float, 1},
                                  kMomentum};
+    Buffer y(c.dtype, shape.numel());
+    const gpu::BatchNormApply call{affine(mean_out, invstd_out),
+                                   c.activation,
+                                   kSlope,
+                                   x.data(),
+                                   c.residual ? residual.data() : nullptr,
+                                   y.data(),
+                                   masked() ? mask.as<uint8_t>() : nullptr};
     if (c.training) {
       out.var = variance.as<float>();
-      gpu::launch_batch_norm_statistics(shape, x.data(), workspace.as<float>(), out, nullptr);
+      if (c.slab) {
+        const gpu::BatchNormSlabs cut = slabs(1);
+        Workspace merged(gpu::batch_norm_slab_workspace(shape, cut));
+        gpu::launch_batch_norm_slab_forward(shape, cut, out, call, merged.as<float>(), nullptr);
+        merged.check_margins("workspace");
+      } else {
+        gpu::launch_batch_norm_statistics(shape, x.data(), workspace.as<float>(), out, nullptr);
+      }
       // Rule R has no var; this is what it asks of invstd, whose relative error is half of var's.
       std::vector<double> twice = var;
       for (double& v : twice) v *= 2;
@@ -174,15 +200,8 @@ class Call {
     }
     if (shape.numel() == 0) return;
 
-    Buffer y(c.dtype, shape.numel());
-    gpu::BatchNormApply call{affine(mean_out, invstd_out),
-                             c.activation,
-                             kSlope,
-                             x.data(),
-                             c.residual ? residual.data() : nullptr,
-                             y.data(),
-                             masked() ? mask.as<uint8_t>() : nullptr};
-    gpu::launch_batch_norm_apply(shape, call, {c.reverse, c.blocks}, nullptr);
+    if (!c.slab || !c.training)
+      gpu::launch_batch_norm_apply(shape, call, {c.reverse, c.blocks}, nullptr);
     Exact exact(shape.numel());
     for (int64_t i = 0; i < shape.numel(); ++i) {
       exact.set(i, channel(i), activation_at(c.activation, z(i), kSlope).value, z_terms(i));
@@ -227,6 +246,15 @@ class Call {
     }
   }
 
+  void run_slab_backward(const gpu::BatchNormGradient& call, const gpu::BatchNormSums& sums,
+                         const gpu::BatchNormGradientOut& out) const {
+    const gpu::BatchNormSlabs cut = slabs(call.residual ? 3 : 2);
+    Workspace workspace(gpu::batch_norm_slab_workspace(shape, cut));
+    gpu::launch_batch_norm_slab_backward(shape, cut, call, sums, out, workspace.as<float>(),
+                                         nullptr);
+    workspace.check_margins("workspace");
+  }
+
   void run_backward() {
     // Where z is nearly 0 its sign is not decided by the input.
     if (is_masked(c.activation)) {
@@ -258,7 +286,7 @@ class Call {
                                 x.data(),
                                 masked() ? mask.as<uint8_t>() : nullptr,
                                 c.residual && is_smooth(c.activation) ? residual.data() : nullptr};
-    Buffer workspace(DType::f32, gpu::batch_norm_workspace(shape));
+    Workspace workspace(gpu::batch_norm_workspace(shape));
     Buffer sum_grad(DType::f32, c.channels), sum_grad_xhat(DType::f32, c.channels);
     Buffer grad_bias(parameter, c.channels), grad_weight(parameter, c.channels);
     gpu::BatchNormSums sums{sum_grad.as<float>(), sum_grad_xhat.as<float>(), nullptr, nullptr};
@@ -266,7 +294,11 @@ class Call {
       sums.grad_bias = grad_bias.data();
       sums.grad_weight = grad_weight.data();
     }
-    gpu::launch_batch_norm_backward_reduce(shape, call, workspace.as<float>(), sums, nullptr);
+    if (c.slab) {
+      run_slab_backward(call, sums, {});
+    } else {
+      gpu::launch_batch_norm_backward_reduce(shape, call, workspace.as<float>(), sums, nullptr);
+    }
     workspace.check_margins("workspace");
     check_channels("sum_grad", sum_grad, sum, sum_terms);
     check_channels("sum_grad_xhat", sum_grad_xhat, product, product_terms);
@@ -284,7 +316,11 @@ class Call {
                                     c.residual ? grad_residual.data() : nullptr};
       if (!c.training) out.sum_grad = out.sum_grad_xhat = nullptr;
       if (!want_x && !c.residual) break;
-      gpu::launch_batch_norm_backward_apply(shape, call, out, {c.reverse, c.blocks}, nullptr);
+      if (c.slab) {
+        run_slab_backward(call, {}, out);
+      } else {
+        gpu::launch_batch_norm_backward_apply(shape, call, out, {c.reverse, c.blocks}, nullptr);
+      }
       Exact exact(shape.numel()), exact_residual(shape.numel());
       const double correction = c.training ? 1 / m : 0;
       for (int64_t i = 0; i < shape.numel(); ++i) {

@@ -152,7 +152,7 @@ void run(const Config& c) {
       c.want_residual ? grad_residual.data() : nullptr,
       want_alpha ? alpha.grad.data() : nullptr,
       want_beta ? beta.grad.data() : nullptr};
-  Buffer workspace(DType::f32, gpu::residual_add_workspace(call));
+  Workspace workspace(gpu::residual_add_workspace(call));
   gpu::launch_residual_add_backward(call, workspace.as<float>(), nullptr);
   workspace.check_margins("workspace");
   Exact for_x(numel), for_residual(numel);
@@ -275,7 +275,7 @@ void traffic() {
                                           residual.data(),
                                           weighted ? weight.grad.data() : nullptr,
                                           nullptr};
-      Buffer workspace(DType::f32, gpu::residual_add_workspace(call));
+      Workspace workspace(gpu::residual_add_workspace(call));
       simt::reset_launches();
       gpu::launch_residual_add_backward(call, workspace.as<float>(), nullptr);
       check_traffic("backward " + name, (tensor ? 6 : weighted ? 4 : 3) * bytes + bits);

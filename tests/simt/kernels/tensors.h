@@ -117,6 +117,33 @@ class Buffer {
   std::vector<Line, Memory<Line>> lines_;
 };
 
+// Memory in which kernels leave something for kernels. On a GPU it is the device's own, and nothing
+// is written to it before: so compute-sanitizer's initcheck sees what a kernel reads there too
+// early, and memcheck its ends.
+#ifdef RESOPS_SIMT
+class Workspace : public Buffer {
+ public:
+  explicit Workspace(int64_t floats) : Buffer(DType::f32, floats) {}
+};
+#else
+class Workspace {
+ public:
+  explicit Workspace(int64_t floats) {
+    if (floats > 0) RESOPS_CUDA_CHECK(cudaMalloc(&data_, static_cast<size_t>(floats) * 4));
+  }
+  ~Workspace() { cudaFree(data_); }
+  Workspace(const Workspace&) = delete;
+  template <class T>
+  T* as() {
+    return static_cast<T*>(data_);
+  }
+  void check_margins(const std::string&) const {}
+
+ private:
+  void* data_ = nullptr;
+};
+#endif
+
 inline void fail(const std::string& what) {
   std::printf("%s\n", what.c_str());
   std::exit(1);

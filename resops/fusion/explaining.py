@@ -1,0 +1,131 @@
+"""``explain``: which path every fused step takes in one call."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _dispatch
+from . import observer
+from .fusing import fuse_report, fused_blocks, join
+from .report import FuseReport
+from .steps import Step
+
+
+@dataclass(frozen=True)
+class Path:
+    """What a fused step, or a fused block that went another way, did in one call.
+
+    Attributes:
+        name: qualified name of the norm, or of the block.
+        pattern: what the step stands for; empty for a block.
+        path: which kernels ran, or "original forward".
+        why: the reason, where it is not the best path.
+    """
+
+    name: str
+    pattern: str
+    path: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found, in the order of the calls."""
+
+    paths: tuple[Path, ...]
+    report: FuseReport
+
+    def __str__(self) -> str:
+        rows = [(p.name or "(model)", p.pattern, p.path, p.why) for p in self.paths]
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+        lines = []
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+            lines.append("  ".join([*cells, row[3]]).rstrip())
+        left = [name for entry in self.report.skipped for name in entry.modules]
+        if left:
+            lines.append(f"not fused: {', '.join(left)} (resops.fuse_report says why)")
+        return "\n".join(lines)
+
+
+class _Listener:
+    """Hears blocks begin and end, and their steps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths: list[Path] = []
+        self.running: list[tuple[str, list[Step]]] = []
+        for name, block in fused_blocks(model):
+            block.register_forward_pre_hook(self._begin(name))
+            block.register_forward_hook(self._end(name))
+
+    def _begin(self, name: str) -> Any:
+        def hook(block: Any, args: tuple[Any, ...]) -> None:
+            self.running.append((name, []))
+
+        return hook
+
+    def _end(self, name: str) -> Any:
+        def hook(block: Any, args: tuple[Any, ...], output: Any) -> None:
+            _, steps = self.running.pop()
+            if not steps:
+                why = block._resops_plan.change(block)
+                why = why or "called with other arguments than the fused forward takes"
+                self.paths.append(Path(name, "", "original forward", why))
+
+        return hook
+
+    def hear(self, step: Step, path: str, x: Tensor) -> None:
+        name, steps = self.running[-1]
+        steps.append(step)
+        self.paths.append(Path(join(name, *step.norm), step.pattern, path, _why(path, x)))
+
+
+def _why(path: str, x: Tensor) -> str:
+    """Why a step took no better path, and whether its input is copied first."""
+    reasons = []
+    if path == "reference" and _dispatch.get_backend() == "auto":
+        refused = _dispatch.refusal("native", "batch_norm", x)
+        reasons.append(refused or f"no kernel has been measured on {x.device.type} yet")
+    if not _is_dense(x):
+        reasons.append("the input is not dense and is copied")
+    return "; ".join(reasons)
+
+
+def _is_dense(x: Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.is_contiguous() or (
+        x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
+    )
+
+
+def explain(model: nn.Module, *inputs: Any) -> Explanation:
+    """Call a fused model, and tell which path every fused step took, and why no better one.
+
+    The call is made on a copy, in the model's mode (training or evaluation) and the caller's (such
+    as ``torch.no_grad``): statistics, random numbers and hooks of the model stay as they are.
+
+    Args:
+        model: what :func:`resops.fuse` returned.
+        inputs: arguments of the call.
+
+    Returns:
+        an object that prints as a table; ``.paths`` has its rows.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: nothing in it is fused.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain expects an nn.Module, but got {type(model).__name__}")
+    if next(fused_blocks(model), None) is None:
+        raise ValueError("nothing in the model is fused: call resops.fuse(model) first")
+    other = copy.deepcopy(model)
+    listener = _Listener(other)
+    with torch.random.fork_rng(), observer.listen(listener.hear):
+        other(*inputs)
+    return Explanation(tuple(listener.paths), fuse_report(model))

@@ -1,0 +1,305 @@
+"""The phases of a convolution inside a block, each by the implementation that is chosen for it.
+
+There are three:
+
+* LIBRARY: PyTorch's convolution, before which a normalised input is written to a workspace and
+  beside which batch norm runs as an op of its own;
+* PLAIN: the backend's convolution in the library's place, of the same workspace;
+* FUSED: the backend's kernel, which takes the raw input with its prologue and leaves statistics or
+  sums (resops/reference/conv_bn_act.py).
+
+:func:`choose` decides, phase by phase and shape by shape. The library's is taken wherever nothing
+better was measured.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch
+from ..reference.conv_bn_act import convolution
+from . import convolution_table
+from .conv_bn_act_convolution import native_geometry
+
+LIBRARY, PLAIN, FUSED = "library", "plain", "fused"
+_CHOICES = ("auto", LIBRARY, FUSED)
+
+# The ops of a backend: torch.ops.<namespace>.batch_norm_* and conv_bn_act_*.
+NAMESPACES: dict[str, Any] = {"native": torch.ops.resops, "triton": torch.ops.resops_triton}
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in _CHOICES:
+        raise ValueError(f"{source} must be one of {', '.join(_CHOICES)}, but got {name!r}")
+    return name
+
+
+_default = _checked(os.environ.get("RESOPS_CONVOLUTIONS", "auto"), "RESOPS_CONVOLUTIONS")
+
+
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.wanted = _default
+
+
+_state = _State()
+
+
+@contextmanager
+def convolutions(wanted: str) -> Iterator[None]:
+    """Choose the convolutions of blocks inside a ``with`` block, in this thread.
+
+    Args:
+        wanted: "library"; "fused", wherever the backend has such a kernel; or "auto", by what was
+            measured. Also RESOPS_CONVOLUTIONS.
+
+    Raises:
+        ValueError: ``wanted`` is none of these.
+    """
+    before = _state.wanted
+    _state.wanted = _checked(wanted, "convolutions")
+    try:
+        yield
+    finally:
+        _state.wanted = before
+
+
+def wanted_convolutions() -> str:
+    """What :func:`convolutions` or RESOPS_CONVOLUTIONS says."""
+    return _state.wanted
+
+
+class Geometry(NamedTuple):
+    """One number per spatial dimension, and the groups."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def lists(self) -> tuple[list[int], list[int], list[int]]:
+        """Stride, padding and dilation as a schema wants them."""
+        return list(self.stride), list(self.padding), list(self.dilation)
+
+
+class Norm(NamedTuple):
+    """act( weight * (x - mean) * invstd + bias ): what stands between two convolutions."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    invstd: Tensor
+    activation: str
+    negative_slope: float
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """The same as act( scale * x + shift ), in the dtype of the statistics."""
+        scale = (
+            self.invstd if self.weight is None else self.weight.to(self.mean.dtype) * self.invstd
+        )
+        shift = -self.mean * scale
+        return scale, shift if self.bias is None else shift + self.bias
+
+
+class Input:
+    """What is convolved: ``x`` itself, or, with a norm, ``x`` normalised and activated on load."""
+
+    def __init__(self, x: Tensor, norm: Norm | None = None, value: Tensor | None = None) -> None:
+        self.x, self.norm, self._value = x, norm, x if norm is None else value
+
+    def value(self, backend: str) -> Tensor:
+        """The normalised tensor, written to memory at the first call."""
+        if self._value is None:
+            assert self.norm is not None
+            weight, bias, mean, invstd, *act = self.norm
+            apply = NAMESPACES[backend].batch_norm_apply
+            self._value = apply(self.x, None, weight, bias, mean, invstd, *act)[0]
+        return self._value
+
+    def without_value(self) -> Input:
+        """The same, where the normalised tensor is not needed any more."""
+        return Input(self.x, self.norm)
+
+    def prologue(self) -> tuple[Tensor | None, Tensor | None, str, float]:
+        """scale, shift, activation and slope, as the fused phases take them."""
+        if self.norm is None:
+            return None, None, "identity", 0.0
+        return (*self.norm.scale_and_shift(), self.norm.activation, self.norm.negative_slope)
+
+
+def choose(
+    phase: str,
+    backend: str,
+    wanted: str,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    prologue: bool,
+) -> str:
+    """LIBRARY, PLAIN or FUSED: who computes ``phase`` of a convolution of something like ``x``.
+
+    Args:
+        phase: "forward", "backward_data" or "backward_weight".
+        backend: whose fused kernels are asked for.
+        wanted: as :func:`convolutions` takes it.
+        prologue: whether ``x`` is normalised on load.
+    """
+    if wanted == LIBRARY or geometry.groups != 1:
+        return LIBRARY
+    if _dispatch.refusal(backend, "conv_bn_act", x) is not None:
+        return LIBRARY
+    if wanted == FUSED:
+        return FUSED
+    if x.device.type == "cpu":
+        return _choose_on_cpu(backend, x, weight, geometry)
+    faster = convolution_table.fused_is_faster(phase, backend, x, weight, geometry[:3], prologue)
+    return FUSED if faster else LIBRARY
+
+
+def _choose_on_cpu(backend: str, x: Tensor, weight: Tensor, geometry: Geometry) -> str:
+    """By the rules that csrc/cpu/conv_path.cpp has from measurements, which are for layers.
+
+    Winograd's algorithm normalises as it transforms tiles. Of the 1x1 convolutions no kernel is
+    resops' own: batch norm's pass over their input is made by batch norm.
+    """
+    stride, padding, dilation, groups = geometry
+    taken = native_geometry(x, weight, None, stride, padding, dilation, groups)
+    if backend != "native" or isinstance(taken, str):
+        return LIBRARY
+    return FUSED if tuple(weight.shape[2:]) == (3, 3) else PLAIN
+
+
+def forward(
+    input: Input,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    backend: str,
+    wanted: str,
+    statistics: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The raw convolution, and its mean and variance where those cost nothing."""
+    chosen = choose("forward", backend, wanted, input.x, weight, geometry, input.norm is not None)
+    if chosen == LIBRARY:
+        return convolution(input.value(backend), weight, bias, *geometry), None
+    if chosen == PLAIN:
+        input, statistics = Input(input.value(backend)), False
+    c, mean, var = NAMESPACES[backend].conv_bn_act_forward(
+        [input.x],
+        *input.prologue(),
+        weight,
+        bias,
+        None,
+        "identity",
+        0.0,
+        *geometry.lists(),
+        statistics,
+    )
+    return c, (mean, var) if statistics else None
+
+
+def _library_backward(
+    grad_c: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    n = len(geometry.stride)
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None]
+    grads = torch.ops.aten.convolution_backward(
+        grad_c,
+        x,
+        weight,
+        None if bias is None else [bias.numel()],
+        *geometry.lists(),
+        False,
+        [0] * n,
+        geometry.groups,
+        output_mask,
+    )
+    return grads
+
+
+def backward_weight(
+    grad_c: Tensor,
+    input: Input,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    backend: str,
+    wanted: str,
+    needed: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and bias; None for one that is not needed."""
+    if not any(needed):
+        return None, None
+    chosen = choose(
+        "backward_weight", backend, wanted, input.x, weight, geometry, input.norm is not None
+    )
+    if chosen == LIBRARY:
+        x = input.value(backend) if needed[0] else input.x
+        mask = [False, needed[0], needed[1]]
+        return _library_backward(grad_c, x, weight, bias, geometry, mask)[1:]
+    if chosen == PLAIN:
+        input = Input(input.value(backend))
+    grad_weight = grad_bias = None
+    if needed[0]:
+        grad_weight = NAMESPACES[backend].conv_bn_act_backward_weight(
+            grad_c, [input.x], *input.prologue(), list(weight.shape), *geometry.lists()
+        )
+    if needed[1]:
+        grad_bias = grad_c.sum([0, *range(2, grad_c.dim())])
+    return grad_weight, grad_bias
+
+
+def backward_data(
+    grad_c: Tensor,
+    input: Input,
+    weight: Tensor,
+    geometry: Geometry,
+    backend: str,
+    wanted: str,
+    addend: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Gradient of what is convolved, [+ addend].
+
+    Where the input has a norm and the kernel is fused: that of the activation's argument, and the
+    two sums of :func:`resops.reference.batch_norm.batch_norm_backward_reduce`.
+    """
+    norm = input.norm
+    x = input.x
+    chosen = choose("backward_data", backend, wanted, x, weight, geometry, norm is not None)
+    if chosen == LIBRARY:
+        # Of the input this phase needs the size only.
+        g = _library_backward(grad_c, x, weight, None, geometry, [True, False, False])[0]
+        assert g is not None
+        return g if addend is None else g.add_(addend), None
+    if chosen == PLAIN:
+        norm, input = None, Input(x)
+    g, sum_grad, sum_grad_xhat = NAMESPACES[backend].conv_bn_act_backward_data(
+        grad_c,
+        weight,
+        list(x.shape),
+        None if norm is None else x,
+        *input.prologue(),
+        None if norm is None else norm.mean,
+        None if norm is None else norm.invstd,
+        addend,
+        *geometry.lists(),
+    )
+    return g, None if norm is None else (sum_grad, sum_grad_xhat)
+
+
+def count_of(c: Tensor) -> int:
+    """M, the values per channel of (N, C, *spatial)."""
+    return c.size(0) * math.prod(c.shape[2:])
