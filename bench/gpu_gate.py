@@ -99,12 +99,13 @@ def program(op: str) -> Path:
 
 def build_programs(gpu: Gpu) -> list[list[str]]:
     architecture = gpu.capability.replace(".", "")
+    # Before those of FLAGS: csrc has headers of the same names, for torch.
     includes = [f"-I{ROOT / folder}" for folder in ("csrc/cuda", "tests/simt")]
     commands = [["mkdir", "-p", str(BUILD)]]
     for op in PROGRAMS:
         sources = [ROOT / f"tests/simt/kernels/{op}.cpp"]
         sources += [ROOT / f"csrc/cuda/{launchers}.cu" for launchers in (op, *ALSO.get(op, []))]
-        command = [find_nvcc() or "nvcc", *FLAGS, *includes, f"-arch=sm_{architecture}", "-x", "cu"]
+        command = [find_nvcc() or "nvcc", *includes, *FLAGS, f"-arch=sm_{architecture}", "-x", "cu"]
         commands.append([*command, *map(str, sources), "-o", str(program(op))])
     return commands
 
