@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("csrc", "resops", "triton_kernels", "tests")
+FOLDERS = ("csrc", "resops", "triton_kernels", "tests", "bench")
 FILES = ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE")
 # What a build and a run leave in the copy, and what the original must not hand over.
 MADE_THERE = (".so", ".pyc")
