@@ -40,8 +40,8 @@ ROOT = environment.ROOT
 BUILD = ROOT / "build" / "gpu_gate"
 JOB_SECONDS = 530.0
 TAIL = 4000  # characters of output that a row keeps
-# The programs of tests/simt/kernels: the cases that are small and run every instance, and what else
-# their launchers need.
+# The programs of tests/simt/kernels: the cases that are small and run every instance, and whose
+# launchers theirs call.
 PROGRAMS: dict[str, tuple[str, ...]] = {
     "batch_norm": ("flags", "walks"),
     "batch_norm_slab": ("flags", "shapes"),
