@@ -12,6 +12,9 @@ left; each stage appends a row of JSON to the output as it ends, a failed one to
 begins. A stage that passed on the same GPU at the same commit is not run again: start the job again
 to go on.
 
+It takes torch with CUDA, numpy, triton, nvcc, cmake, ninja and pytest, and no network: nothing is
+fetched, and pictures are noise.
+
 Without a GPU nothing is run: the list of what was not, and exit status 0.
 """
 
