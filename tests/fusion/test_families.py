@@ -155,7 +155,7 @@ def families() -> list[str]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 def test_timm() -> None:
     """All families, one after the other; what is wrong is told at the end."""
