@@ -155,12 +155,19 @@ def cuda_options() -> tuple[list[str], str]:
     ], note
 
 
+def pybind11_include(torch_root: Path) -> str:
+    """That of the package, else of the copy among torch's headers."""
+    try:
+        import pybind11
+    except ImportError:
+        return str(torch_root / "include")
+    return str(pybind11.get_include())
+
+
 class CMakeBuild(build_ext):
     """Runs CMake and ninja in build/<tag>, a fixed folder, so that a rebuild is a short one."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         torch = import_torch()
         torch_root = Path(torch.__path__[0])
         sanitizer = os.environ.get("RESOPS_SANITIZE", "")
@@ -179,7 +186,7 @@ class CMakeBuild(build_ext):
         product = Path(self.get_ext_fullpath(ext.name)).resolve()
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         includes = [torch_root / "include", torch_root / "include/torch/csrc/api/include"]
-        python_includes = [pybind11.get_include(), sysconfig.get_path("include")]
+        python_includes = [pybind11_include(torch_root), sysconfig.get_path("include")]
         cuda, cuda_note = cuda_options()
         configure = [
             tool("cmake"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from bench import environment
+from bench.models.stock_resnet import CONFIGURATIONS
 
 RESULTS = environment.ROOT / "bench" / "results"
 KINDS = {
@@ -49,7 +50,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--quick", action="store_true", help="few rounds: to try the job, not to quote"
     )
     parser.add_argument("--full", action="store_true", help="the whole sweep of ops or models")
-    parser.add_argument("--compile", action="store_true", help="models: time torch.compile as well")
+    parser.add_argument(
+        "--models", default="", help="models: comma-separated names, such as resnet50"
+    )
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=("default", "max-autotune"),
+        help="models: time torch.compile as well, in this mode",
+    )
+    parser.add_argument(
+        "--noise", action="store_true", help="random images in place of photographs"
+    )
     parser.add_argument("--markdown", action="store_true", help="show: tables for a README")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args(arguments)
@@ -64,6 +77,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.dtypes = tuple(options.dtypes.split(",")) if options.dtypes else ()
     if unknown := set(options.dtypes) - {"fp32", "bf16", "fp16"}:
         parser.error(f"--dtypes takes fp32, bf16 and fp16, but got {', '.join(sorted(unknown))}")
+    options.models = tuple(filter(None, options.models.split(",")))
+    if unknown := set(options.models) - set(CONFIGURATIONS):
+        parser.error(
+            f"--models takes {', '.join(CONFIGURATIONS)}, but got {', '.join(sorted(unknown))}"
+        )
     if options.batch is not None and options.batch < 2:
         parser.error(f"--batch must be at least 2, but got {options.batch}")
     return options

@@ -12,6 +12,9 @@ left; each stage appends a row of JSON to the output as it ends, a failed one to
 begins. A stage that passed on the same GPU at the same commit is not run again: start the job again
 to go on.
 
+It takes torch with CUDA, numpy, triton, nvcc, cmake, ninja and pytest, and no network: nothing is
+fetched, and pictures are noise.
+
 Without a GPU nothing is run: the list of what was not, and exit status 0.
 """
 
@@ -21,6 +24,8 @@ import argparse
 import itertools
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -38,8 +43,8 @@ ROOT = environment.ROOT
 BUILD = ROOT / "build" / "gpu_gate"
 JOB_SECONDS = 530.0
 TAIL = 4000  # characters of output that a row keeps
-# The programs of tests/simt/kernels: the cases that are small and run every instance, and what else
-# their launchers need.
+# The programs of tests/simt/kernels: the cases that are small and run every instance, and whose
+# launchers theirs call.
 PROGRAMS: dict[str, tuple[str, ...]] = {
     "batch_norm": ("flags", "walks"),
     "batch_norm_slab": ("flags", "shapes"),
@@ -88,8 +93,13 @@ def python(*arguments: str) -> list[str]:
 
 
 def build_extension(gpu: Gpu) -> list[list[str]]:
-    setting = f"TORCH_CUDA_ARCH_LIST={gpu.capability}"
-    return [["env", setting, *python("setup.py", "--quiet", "build_ext", "--inplace")]]
+    """First the build itself, in sight; then pip finds it done. Nothing is fetched."""
+    setting = ["env", f"TORCH_CUDA_ARCH_LIST={gpu.capability}"]
+    install = ("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps")
+    return [
+        [*setting, *python("setup.py", "--quiet", "build_ext", "--inplace")],
+        [*setting, *python(*install, "--editable", ".")],
+    ]
 
 
 def program(op: str) -> Path:
@@ -98,16 +108,35 @@ def program(op: str) -> Path:
 
 
 def build_programs(gpu: Gpu) -> list[list[str]]:
-    architecture = gpu.capability.replace(".", "")
+    """By ninja: every file once, as many at a time as there are cores; started again, the rest."""
+    architecture = f"-arch=sm_{gpu.capability.replace('.', '')}"
     # Before those of FLAGS: csrc has headers of the same names, for torch.
     includes = [f"-I{ROOT / folder}" for folder in ("csrc/cuda", "tests/simt")]
-    commands = [["mkdir", "-p", str(BUILD)]]
+    nvcc = find_nvcc() or "nvcc"
+    compiled = shlex.join([nvcc, *includes, *FLAGS, architecture, "-x", "cu"])
+    folder = BUILD.relative_to(ROOT)  # ninja runs in ROOT
+    rules = [
+        f"builddir = {folder}",
+        "rule compile",
+        f"  command = {compiled} -MD -MT $out -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {shlex.join([nvcc, architecture])} $in -o $out",
+    ]
+    objects: dict[str, str] = {}
     for op in PROGRAMS:
-        sources = [ROOT / f"tests/simt/kernels/{op}.cpp"]
-        sources += [ROOT / f"csrc/cuda/{launchers}.cu" for launchers in (op, *ALSO.get(op, []))]
-        command = [find_nvcc() or "nvcc", *includes, *FLAGS, f"-arch=sm_{architecture}", "-x", "cu"]
-        commands.append([*command, *map(str, sources), "-o", str(program(op))])
-    return commands
+        sources = [f"tests/simt/kernels/{op}.cpp"]
+        sources += [f"csrc/cuda/{launchers}.cu" for launchers in (op, *ALSO.get(op, []))]
+        objects |= {source: f"{folder / Path(source).name}.o" for source in sources}
+        inputs = " ".join(objects[source] for source in sources)
+        rules.append(f"build {program(op).relative_to(ROOT)}: link {inputs}")
+    rules += [f"build {made}: compile {source}" for source, made in objects.items()]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    described = BUILD / f"programs-{architecture[1:].partition('=')[2]}.ninja"
+    described.write_text("\n".join(rules) + "\n")
+    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return [[shutil.which("ninja", path=beside) or "ninja", "-f", str(described)]]
 
 
 def run_programs(gpu: Gpu) -> list[list[str]]:
@@ -142,12 +171,14 @@ def sanitize(tool: str) -> Callable[[Gpu], list[list[str]]]:
 
 
 def pytest(*arguments: str) -> list[str]:
-    return python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *arguments)
+    """The slow tests too; without pyproject's --strict-config, which asks for pytest-timeout."""
+    return python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *arguments)
 
 
 def bench(*arguments: str) -> Callable[[Gpu], list[list[str]]]:
     output = str(BUILD / "results")
-    command = python("-m", "bench", *arguments, "--device", "cuda", "--output", output)
+    # The photographs come with packages that such a machine may not have.
+    command = python("-m", "bench", *arguments, "--noise", "--device", "cuda", "--output", output)
     return lambda gpu: [command]
 
 
@@ -219,9 +250,13 @@ JOBS: dict[str, tuple[Stage, ...]] = {
     "compile": (
         Stage(
             "torch.compile",
-            "ResNets against torch.compile at batch 256, bf16",
+            "ResNet-50 against torch.compile's max-autotune at batch 256, bf16",
             500,
-            bench("models", "--compile", "--batch", "256", "--dtypes", "bf16"),
+            bench(
+                "models",
+                *("--models", "resnet50", "--compile", "max-autotune"),
+                *("--batch", "256", "--dtypes", "bf16"),
+            ),
             _NATIVE,
         ),
     ),

@@ -55,6 +55,13 @@ def image_files() -> list[Path]:
     return found
 
 
+def noise_images(count: int, size: int = 224, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """As :func:`real_images`, of normally distributed pixels and ten labels: needs no package."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, size, size, generator=generator)
+    return images.contiguous(memory_format=torch.channels_last), torch.arange(count) % 10
+
+
 def real_images(count: int, size: int = 224, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Random crops of the bundled photographs.
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import resops
-from bench import digits, environment, figure, report, table
+from bench import digits, environment, figure, images, report, table
 from bench.models import compare, resnet
 from bench.models.stock_resnet import CONFIGURATIONS
 from bench.ops import batch_norm, residual_add
@@ -53,7 +54,9 @@ class Plan:
     model_batch: int
     quick: bool
     full: bool
-    compile: bool
+    compile: str | None  # the mode of torch.compile
+    models: tuple[str, ...]  # empty: the job's own
+    noise: bool
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Plan:
@@ -82,7 +85,13 @@ class Plan:
             quick=options.quick,
             full=options.full,
             compile=options.compile,
+            models=options.models,
+            noise=options.noise,
         )
+
+    @property
+    def load_images(self) -> Callable[[int], tuple[Tensor, Tensor]]:
+        return images.noise_images if self.noise else images.real_images
 
 
 Part = tuple[int, Callable[[Session], None]]  # steps of the progress bar, and what to do
@@ -100,10 +109,12 @@ def _models(
 
     def check(session: Session) -> None:
         layers = names[-1] if "resnet50" not in names else "resnet50"
-        passed.update(compare.run(session, names, CHECK_BATCH, layers))
+        passed.update(compare.run(session, names, CHECK_BATCH, layers, plan.load_images))
 
     def time_models(batch: int, threads: tuple[int, ...]) -> Callable[[Session], None]:
-        return lambda session: resnet.run(session, names, batch, passed, threads, plan.compile)
+        return lambda session: resnet.run(
+            session, names, batch, passed, threads, plan.load_images, plan.compile
+        )
 
     steps = resnet.steps(names, plan.dtypes)
     groups = [(t,) for t in plan.threads] if threads_apart else [plan.threads]
@@ -168,7 +179,7 @@ def parts_of(kind: str, plan: Plan) -> list[Part]:
         shapes = tuple(RESNET50) if plan.full else BANDWIDTH_SHAPES
         return [_ops(plan), _residual_add(plan), *_beyond(plan, shapes)]
     if kind == "models":
-        names = tuple(CONFIGURATIONS) if plan.full else MAIN_MODELS
+        names = plan.models or (tuple(CONFIGURATIONS) if plan.full else MAIN_MODELS)
         batches = (2, plan.model_batch, 4 * plan.model_batch) if plan.full else (plan.model_batch,)
         return _models(plan, names, batches)
     if kind == "compare":

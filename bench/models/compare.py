@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resops
-from bench.images import real_images
 from bench.models.stock_resnet import BasicBlock, Bottleneck, ResNet, create_stock_model
 from bench.ops import batch_norm
 from bench.session import DTYPES, Session, channels_last
@@ -247,14 +246,20 @@ def check_layers(session: Session, name: str, model: nn.Module, images: Tensor) 
             batch_norm.check(session, case, f"{kind.label} {dtype}", group=f"layers of {name}")
 
 
-def run(session: Session, names: Sequence[str], batch: int, layers_of: str | None) -> set[str]:
+def run(
+    session: Session,
+    names: Sequence[str],
+    batch: int,
+    layers_of: str | None,
+    load_images: Callable[[int], tuple[Tensor, Tensor]],
+) -> set[str]:
     """Check networks and, of one, the layers; one step of the progress bar each.
 
     Returns:
         the cases "<name> <dtype>" that passed, and so may be timed.
     """
     passed: set[str] = set()
-    images, labels = real_images(batch)
+    images, labels = load_images(batch)
     images, labels = images.to(session.device), labels.to(session.device) % CLASSES
     for name in names:
         with session.step(f"checking {name}") as in_time, threads(session.threads[0]):

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 import resops
 from bench import timing
-from bench.images import real_images
 from bench.models.compare import CLASSES, autocast, inference_copy
 from bench.models.stock_resnet import create_stock_model
 from bench.session import DTYPES, EAGER, RESOPS, Session, channels_last, saved_bytes
@@ -35,12 +34,12 @@ NOTES = {
 
 
 def training_step(
-    model: nn.Module, images: Tensor, labels: Tensor, dtype: str, compiled: bool = False
+    model: nn.Module, images: Tensor, labels: Tensor, dtype: str, compiled: str | None = None
 ) -> Callable[[], object]:
     """One step of training as a call; it changes a copy of the model."""
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-    run: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+    run: Callable[[Tensor], Tensor] = torch.compile(model, mode=compiled) if compiled else model
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -53,12 +52,12 @@ def training_step(
 
 
 def inference(
-    model: nn.Module, images: Tensor, dtype: str, compiled: bool = False
+    model: nn.Module, images: Tensor, dtype: str, compiled: str | None = None
 ) -> Callable[[], object]:
     """The forward pass of a copy of the model as a call."""
     model = inference_copy(model, dtype)
     images = images.to(DTYPES[dtype])
-    run: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+    run: Callable[[Tensor], Tensor] = torch.compile(model, mode=compiled) if compiled else model
 
     def forward() -> Tensor:
         with torch.inference_mode():
@@ -107,16 +106,17 @@ def run(
     batch: int,
     passed: set[str],
     threads: Sequence[int],
-    compiled: bool = False,
+    load_images: Callable[[int], tuple[Tensor, Tensor]],
+    compiled: str | None = None,
 ) -> None:
     """Time training and inference of the networks that passed their check.
 
     Args:
         passed: "<name> <dtype>" of the checks.
         threads: the numbers of threads to time with.
-        compiled: time ``torch.compile`` of the stock model, too.
+        compiled: time ``torch.compile`` of the stock model in this mode, too.
     """
-    images, labels = real_images(batch)
+    images, labels = load_images(batch)
     images, labels = images.to(session.device), labels.to(session.device) % CLASSES
     for name, dtype in product(names, session.dtypes):
         with session.step(f"{name} {dtype}, {'/'.join(map(str, threads))} threads") as in_time:
@@ -138,9 +138,9 @@ def run(
             if compiled:
                 stock = models[EAGER]
                 directions["training"]["compiled"] = training_step(
-                    stock, images, labels, dtype, compiled=True
+                    stock, images, labels, dtype, compiled
                 )
-                directions["inference"]["compiled"] = inference(stock, images, dtype, compiled=True)
+                directions["inference"]["compiled"] = inference(stock, images, dtype, compiled)
             for (direction, calls), count in product(directions.items(), threads):
                 with timing.threads(count):
                     found = timing.alternate(

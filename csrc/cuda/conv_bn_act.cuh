@@ -228,7 +228,6 @@ class ConvFetch {
   const ConvBnActForward& call_;
   ConvWindow window_[2];
   int filter_;
-  int position_ = 0;                         // of the next step in a filter
   int tap_h_ = 0, tap_w_ = 0, channel_ = 0;  // of the next step
   int transformed_ = 0;                      // channel of the step that is transformed next
   unsigned history_ = 0;  // two bits for each fetch: whether its pixels were in the image

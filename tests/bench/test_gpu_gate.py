@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,10 @@ def test_commands_name_files_that_are_there() -> None:
                     if "-m" in command and command[0] == sys.executable:
                         module = command[command.index("-m") + 1]
                         assert importlib.util.find_spec(module) is not None, module
+    ((_, _, described),) = gpu_gate.build_programs(GPU)
+    compiled = re.findall(r"^build \S+: compile (\S+)$", Path(described).read_text(), re.MULTILINE)
+    assert len(compiled) == len(set(compiled)) >= 2 * len(gpu_gate.PROGRAMS)
+    assert all((gpu_gate.ROOT / source).exists() for source in compiled)
     names = {path.stem for path in (gpu_gate.ROOT / "tests/simt/kernels").glob("*.cpp")}
     assert set(gpu_gate.PROGRAMS) == names
 

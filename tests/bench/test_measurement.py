@@ -108,6 +108,12 @@ def test_images_are_real_and_the_same_every_time() -> None:
     assert 0.1 < float(a.std()) < 3 and not torch.equal(a[0], a[1])
 
 
+def test_noise_has_the_shape_of_images() -> None:
+    a, labels = images.noise_images(3, size=32)
+    assert a.shape == (3, 3, 32, 32) and a.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(a, images.noise_images(3, size=32)[0]) and labels.tolist() == [0, 1, 2]
+
+
 def test_no_images_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "FILES", {"a_package_that_is_not_there": ("x", ("y",))})
     with pytest.raises(images.NoImages, match="pip install"):

@@ -39,9 +39,12 @@ def download(version: str) -> Path | None:
     folder.mkdir(parents=True, exist_ok=True)
     if kept := next(folder.glob("torch-*.whl"), None):
         return kept
-    for index in INDEXES:
+    # Where no index has the CPU's wheel, the one for CUDA has the same headers, in half a gigabyte.
+    wanted = [(version, index) for index in INDEXES]
+    wanted.append((version.partition("+")[0], INDEXES[0]))
+    for spelling, index in wanted:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1"]
-        command += ["--no-deps", "--dest", str(folder), *index, f"torch=={version}"]
+        command += ["--no-deps", "--dest", str(folder), *index, f"torch=={spelling}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return next(folder.glob("torch-*.whl"), None)

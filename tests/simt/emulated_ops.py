@@ -37,7 +37,7 @@ def load() -> Any:
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
     for folder in includes:
         flags += ["-isystem", str(folder)]
-    objects = [emulator._object(source, flags, "torch") for source in sources]
+    objects = emulator.compile_objects([(source, flags) for source in sources], "torch")
     key = hashlib.sha256("".join(f"{o}{o.stat().st_mtime_ns}" for o in objects).encode())
     library = emulator.BUILD / "torch" / f"resops_simt-{key.hexdigest()[:12]}.so"
     if not library.exists():

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -84,8 +85,9 @@ def build(program: Path, *others: Path, lane: str = "plain", flags: Sequence[str
     the compiler's output.
     """
     engine = [FOLDER / "simt.cpp", FOLDER / "limits.cpp"]
-    objects = [_object(source, [*_ENGINE[lane], *flags], lane) for source in engine]
-    objects += [_object(source, [*_KERNEL[lane], *flags], lane) for source in (program, *others)]
+    jobs = [(source, [*_ENGINE[lane], *flags]) for source in engine]
+    jobs += [(source, [*_KERNEL[lane], *flags]) for source in (program, *others)]
+    objects = compile_objects(jobs, lane)
     key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:8]
     binary = BUILD / lane / f"{program.stem}-{key}"
     newest = max(path.stat().st_mtime_ns for path in objects)
@@ -94,6 +96,16 @@ def build(program: Path, *others: Path, lane: str = "plain", flags: Sequence[str
         _compile([*_LINK[lane], *map(str, objects), "-o", str(temporary)])
         temporary.replace(binary)
     return binary
+
+
+def compile_objects(jobs: Sequence[tuple[Path, Sequence[str]]], lane: str) -> list[Path]:
+    """The object file of every (source, flags), as many at a time as there are cores (MAX_JOBS).
+
+    Raises ``RuntimeError`` with the compiler's output.
+    """
+    workers = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda job: _object(*job, lane), jobs))
 
 
 def compile_only(source: Path) -> None:

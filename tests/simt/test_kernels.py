@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.gpu_gate import ALSO
+
 from . import emulator
 
 SOURCES = emulator.ROOT / "csrc" / "cuda"
@@ -29,14 +31,6 @@ CASES = {
     "batch_norm_slab": ["flags", "shapes", "means", "choice", "determinism"],
     "batch_norm_act_max_pool": ["shapes", "flags", "special_values"],
     "residual_add": ["shapes", "flags", "large_batch", "half_weights", "wanted"],
-}
-
-
-# What else a program's launchers call.
-ALSO = {
-    "batch_norm": ["batch_norm_slab"],
-    "batch_norm_slab": ["batch_norm"],
-    "batch_norm_act_max_pool": ["batch_norm"],
 }
 
 
