@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     path = _tiles().table_path()
     if path is None:
-        print("nothing to tune: RESOPS_TILES switches the table off")
+        print("nothing to tune: RESOPS_TILES is off, or the user has no home folder for a table")
         return 1
     dtype = DTYPES[options.dtype]
     benchmark = importlib.import_module("triton.testing").do_bench

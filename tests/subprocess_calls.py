@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,8 +32,13 @@ class Outcome:
     message: str
 
 
-def run_calls(module: str, names: Sequence[str], timeout: float = 300.0) -> dict[str, Outcome]:
-    """The outcome of every named call of ``module``."""
+def run_calls(module: str, names: Sequence[str], timeout: float = 540.0) -> dict[str, Outcome]:
+    """The outcome of every named call of ``module``.
+
+    Args:
+        timeout: in seconds, for all of them; against hanging only, since other work may have the
+            processors.
+    """
     outcomes: dict[str, Outcome] = {}
     waiting = list(names)
     while waiting:
@@ -53,6 +59,19 @@ def run_calls(module: str, names: Sequence[str], timeout: float = 300.0) -> dict
             raise RuntimeError(f"{' '.join(command[:4])} failed outside any call: {done.stderr}")
         waiting = [name for name in waiting if name not in outcomes]
     return outcomes
+
+
+def run_selected_calls(module: str, request: pytest.FixtureRequest) -> dict[str, Outcome]:
+    """The same for the tests that pytest will run of the requesting file, by their parameter
+    ``name``: one test alone costs one call."""
+    selected = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function)
+        and item.module is request.module
+        and hasattr(item, "callspec")
+    ]
+    return run_calls(module, [name for name in selected if isinstance(name, str)])
 
 
 def main(module: str, names: Iterable[str]) -> None:

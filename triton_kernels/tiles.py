@@ -167,16 +167,22 @@ def table_path() -> Path | None:
         return None
     if setting:
         return Path(setting)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resops/tiles.json"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as containers have them
+        return None
+    return folder / "resops/tiles.json"
 
 
 @functools.cache
 def _users_table() -> Table:
     path = table_path()
-    if path is None or not path.exists():
+    if path is None:
         return {}
     try:
         return read_table(path)
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError) as error:
         warnings.warn(
             f"the table of tiles {path} is ignored: {error}; `python -m resops.tune` writes a new "
@@ -196,7 +202,7 @@ def read_table(path: Path) -> Table:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of brackets without end
         raise ValueError(f"it is not JSON ({error})") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"it is not in the format {_FORMAT!r}")

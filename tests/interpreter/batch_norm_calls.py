@@ -93,20 +93,23 @@ def programs(count: int) -> Iterator[None]:
 
 
 def rule_R(activation: str, layout: str) -> None:
-    shapes = itertools.cycle(SHAPES)
-    for dtype, training, residual in itertools.product(DTYPES, [True, False], [False, True]):
-        x = in_layout((1.5 * torch.randn(next(shapes)) + 1).to(dtype), layout)
+    """Every pair of dtype, training and residual; every shape in several of these tests."""
+    turn = 2 * ACTIVATIONS.index(activation) + (layout == "channels_last")
+    for i, (dtype, training) in enumerate(itertools.product(DTYPES, [True, False])):
+        residual = training == bool((i // 2 + turn) % 2)
+        shape = SHAPES[(6 * turn + i) % len(SHAPES)]
+        x = in_layout((1.5 * torch.randn(shape) + 1).to(dtype), layout)
         flags: dict[str, Any] = {"training": training, "activation": activation}
         case = random_case(x, residual=residual, negative_slope=0.3, **flags)
         check(case)
 
 
 def phases() -> None:
-    for activation, layout in itertools.product(ACTIVATIONS, ("contiguous", "channels_last")):
-        for training, residual in [(True, True), (False, False)]:
-            x = in_layout(torch.randn(3, 17, 5, 3), layout)
-            flags: dict[str, Any] = {"training": training, "activation": activation}
-            check(random_case(x, residual=residual, **flags), run_phases)
+    layouts = ("contiguous", "channels_last")
+    for i, (activation, training) in enumerate(itertools.product(ACTIVATIONS, (True, False))):
+        x = in_layout(torch.randn(3, 17, 5, 3), layouts[(i + i // 2) % 2])
+        flags: dict[str, Any] = {"training": training, "activation": activation}
+        check(random_case(x, residual=training, **flags), run_phases)
 
 
 def every_layout() -> None:
@@ -214,9 +217,10 @@ def large_means() -> None:
 
 def nan_and_infinity() -> None:
     """They stay in their channel, and in their row of it in evaluation."""
-    for value, layout, training in itertools.product(
-        (math.nan, math.inf, -math.inf), ("contiguous", "channels_last"), (True, False)
+    for i, (value, layout) in enumerate(
+        itertools.product((math.nan, math.inf, -math.inf), ("contiguous", "channels_last"))
     ):
+        training = (i + i // 2) % 2 == 0
         clean = random_case(torch.randn(3, 17, 2, 3), residual=True, training=training)
         x = clean.x.clone()
         x[1, 4] = value
@@ -246,17 +250,17 @@ def zero_and_nan_at_relu() -> None:
 
 def mask_of_the_definition() -> None:
     """Bit for bit, its padding included."""
+    activations = itertools.cycle(("relu", "leaky_relu", "gelu"))
     for shape, layout, dtype in itertools.product(
         SHAPES, ("contiguous", "channels_last"), (torch.float32, torch.bfloat16)
     ):
         x, residual = (in_layout(torch.randn(shape).to(dtype), layout) for _ in range(2))
         C = shape[1]
         vectors = (torch.randn(C), torch.randn(C), torch.randn(C), torch.rand(C))
-        for activation in ("relu", "leaky_relu", "gelu"):
-            arguments = (x, residual, *vectors, activation, 0.1)
-            with guarded_memory():
-                _, mask = kernels.batch_norm_apply(*arguments)
-            assert torch.equal(mask, reference.batch_norm_apply(*arguments)[1]), (shape, layout)
+        arguments = (x, residual, *vectors, next(activations), 0.1)
+        with guarded_memory():
+            _, mask = kernels.batch_norm_apply(*arguments)
+        assert torch.equal(mask, reference.batch_norm_apply(*arguments)[1]), (shape, layout)
         _, mask = kernels.batch_norm_apply(x, None, *vectors, "relu", 0.0)
         assert mask.shape == (0,)
 
@@ -265,10 +269,9 @@ def same_bits_every_time() -> None:
     x = in_layout(torch.randn(6, 24, 9, 9), "channels_last")
     case = random_case(x, residual=True, activation="relu")
     first = run(case)
-    for _ in range(2):
-        for name, t in run(case).items():
-            other = first[name]
-            assert t is not None and other is not None and torch.equal(t, other), name
+    for name, t in run(case).items():
+        other = first[name]
+        assert t is not None and other is not None and torch.equal(t, other), name
 
 
 def empty_and_one() -> None:

@@ -57,17 +57,19 @@ def check(case: ConvCase, tile: tuple[int, int, int] = (32, 16, 16)) -> dict[str
 
 
 def geometry(name: str) -> None:
-    """Every dtype, without a prologue and with one, channels that fill no tile."""
+    """Without a prologue and with one, in two of the dtypes; channels that fill no tile."""
     kernel, stride, padding, dilation = GEOMETRIES[name]
+    turn = list(GEOMETRIES).index(name)
     shapes: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     taps = kernel[0] * kernel[1]
-    # The interpreter takes its time for every step of a sum: many taps, large tiles, few dtypes.
+    # The interpreter takes its time for every step of a sum: many taps, large tiles, one dtype.
     tile = (32, 16, 16) if taps <= 4 else (64, 32, 32)
-    for dtype, prologue in zip(DTYPES, (None, "relu", "silu"), strict=True):
-        if taps < 25 or dtype == torch.bfloat16:
-            size = (2, 19, 7, 6) if taps <= 25 else (1, 3, 11, 10)
-            case = random_case(size, 18, kernel, dtype, prologue=prologue, addend=True, **shapes)
-            check(replace(case, statistics=True), tile)
+    size = (2, 19, 7, 6) if taps <= 25 else (1, 3, 11, 10)
+    prologues = (None, ("relu", "silu")[turn % 2]) if taps < 25 else ("relu",)
+    for i, prologue in enumerate(prologues):
+        dtype = DTYPES[(turn + i) % 3]
+        case = random_case(size, 18, kernel, dtype, prologue=prologue, addend=True, **shapes)
+        check(replace(case, statistics=True), tile)
 
 
 def prologue_and_epilogue(activation: str) -> None:
@@ -76,14 +78,14 @@ def prologue_and_epilogue(activation: str) -> None:
         case = random_case(
             (2, 17, 3, 5),
             20,
-            ((1, 1), (3, 3))[i % 2],
+            ((1, 1), (2, 1))[i % 2],
             DTYPES[i % 3],
             prologue=activation,
             bias=bias,
             residual=residual,
             addend=residual,
             activation=activation,
-            padding=((0, 0), (1, 1))[i % 2],
+            padding=((0, 0), (1, 0))[i % 2],
         )
         if bias:
             case = replace(case, conv_bias=torch.randn(20).to(case.dtype))
@@ -96,7 +98,7 @@ def slices() -> None:
         ((5, 20), (1, 1)),
         ((16, 1, 33), (1, 1)),
         ((8,) * 6, (1, 1)),
-        ((5, 20), (3, 3)),
+        ((5, 20), (1, 3)),
         ((16, 1, 9), (2, 1)),
     ):
         padding = (kernel[0] // 2, kernel[1] // 2)
@@ -187,7 +189,7 @@ def nan_and_infinity() -> None:
         *((math.inf, activation) for activation in piecewise),
     ]:
         clean = random_case(
-            (2, 6, 4, 4), 5, (3, 3), prologue=activation, activation=activation, padding=(1, 1)
+            (2, 6, 4, 4), 5, (1, 3), prologue=activation, activation=activation, padding=(0, 1)
         )
         clean = replace(clean, scale=torch.rand(6) + 0.5)
         x = clean.x.clone()
@@ -221,25 +223,25 @@ def zero_and_nan_at_relu() -> None:
 def same_bits_every_time() -> None:
     case = random_case((3, 20, 5, 5), 18, (1, 3), prologue="relu", statistics=True, padding=(0, 1))
     first = run(case)
-    for _ in range(2):
-        for name, t in run(case).items():
-            assert torch.equal(t, first[name]), name
+    for name, t in run(case).items():
+        assert torch.equal(t, first[name]), name
 
 
 def any_number_of_parts() -> None:
     """The gradient of the weight, its pixels cut into any number of parts."""
-    case = random_case((3, 5, 7, 9), 6, (3, 3), torch.float16, prologue="relu", padding=(1, 1))
+    case = random_case((3, 5, 7, 9), 6, (1, 3), torch.float16, prologue="relu", padding=(0, 1))
     before = kernels._parts
     try:
         for parts in (1, 2, 5, 11):
             kernels._parts = lambda *_, parts=parts: parts
-            check(case)
+            with guarded_memory(), tiles.forced(tiles.Tile(32, 16, 16, 4, 2)):
+                case.check(case.backward_weight(kernels))
     finally:
         kernels._parts = before
 
 
 def any_tile() -> None:
-    case = random_case((2, 40, 3, 5), 37, (3, 3), prologue="relu", statistics=True, padding=(1, 1))
+    case = random_case((2, 40, 3, 5), 37, (1, 3), prologue="relu", statistics=True, padding=(0, 1))
     for tile in ((32, 16, 64), (16, 64, 32), (64, 32, 16)):
         check(case, tile)
     with guarded_memory():  # as the table has it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.subprocess_calls import Outcome, run_calls
+from tests.subprocess_calls import Outcome, run_selected_calls
 
 MODULE = "tests.interpreter.batch_norm_calls"
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu")
@@ -28,9 +28,9 @@ NAMES = [
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, Outcome]:
+def outcomes(request: pytest.FixtureRequest) -> dict[str, Outcome]:
     pytest.importorskip("triton", reason="Triton is not installed")
-    return run_calls(MODULE, NAMES)
+    return run_selected_calls(MODULE, request)
 
 
 @pytest.mark.parametrize("name", NAMES)

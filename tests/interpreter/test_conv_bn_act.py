@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.interpreter.kernels import import_kernels
-from tests.subprocess_calls import Outcome, run_calls
+from tests.subprocess_calls import Outcome, run_selected_calls
 
 MODULE = "tests.interpreter.conv_bn_act_calls"
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu")
@@ -46,9 +46,9 @@ NAMES = [
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, Outcome]:
+def outcomes(request: pytest.FixtureRequest) -> dict[str, Outcome]:
     pytest.importorskip("triton", reason="Triton is not installed")
-    return run_calls(MODULE, NAMES)
+    return run_selected_calls(MODULE, request)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -89,6 +89,7 @@ def written(**changes: Any) -> str:
         ("", "it is not JSON"),
         (written()[:-20], "it is not JSON"),
         ("\x80", "it is not JSON"),
+        pytest.param("[" * 100_000, "it is not JSON", id="brackets without end"),
         ("[1, 2]", "it is not in the format"),
         (written(format="other 1"), "it is not in the format"),
         (written(triton="0.1"), "it was written with Triton 0.1"),
@@ -128,6 +129,22 @@ def test_where_the_table_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RESOPS_TILES")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert tiles.table_path() == Path("/somewhere/resops/tiles.json")
+
+
+def test_without_a_home_there_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("RESOPS_TILES", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert tiles.table_path() is None and chosen() == tiles.heuristic(torch.bfloat16, SHAPE)
+
+
+def test_a_table_that_cannot_be_read_is_ignored(path: Path) -> None:
+    path.mkdir(parents=True)  # a folder in its place
+    with pytest.warns(UserWarning, match="is ignored: "):
+        assert chosen() == tiles.heuristic(torch.bfloat16, SHAPE)
 
 
 def test_tuner_without_a_gpu(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,7 +117,7 @@ MUTANTS = [
     # ---- statistics -----------------------------------------------------------------------------
     bug(
         "momentum=None treated as 0.1",
-        Edit("resops/nn/batch_norm.py", "1.0 / float(self.num_batches_tracked)", "0.1"),
+        Edit("resops/nn/batch_norm.py", "1.0 / float(norm.num_batches_tracked)", "0.1"),
         f"{STATE}::test_momentum_none_is_the_plain_mean",
     ),
     bug(
