@@ -24,7 +24,7 @@ from bench.shapes import BANDWIDTH_SHAPES, RESNET50, VARIANTS
 from bench.timing import Deadline
 from resops import _dispatch
 
-MAIN_SECONDS = 195.0  # after these the main job starts nothing new
+MAIN_SECONDS = 180.0  # after these the main job starts nothing new
 MAIN_MODELS = ("resnet18", "resnet50")
 CHECK_BATCH = 4
 HOW = {
