@@ -70,11 +70,19 @@ def _weights(
 
 @triton.jit
 def _block(width, blocks, BLOCK: tl.constexpr):
-    """Row, columns, which of them exist, and offsets in memory of this program's elements."""
+    """Row, which of its columns exist, and offsets in memory of this program's elements."""
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks
     columns = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    return row, columns, columns < width, row * width + columns
+    return row, columns < width, row * width + columns
+
+
+@triton.jit
+def _mask_bytes(mask_step, blocks, BLOCK: tl.constexpr):
+    """Offsets of this program's bytes of the mask, and which exist: ``mask_step`` in a row."""
+    program = tl.program_id(0).to(tl.int64)
+    byte = program % blocks * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    return program // blocks * mask_step + byte, byte < mask_step
 
 
 @triton.jit
@@ -96,7 +104,7 @@ def residual_add_forward_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, _, valid, offsets = _block(width, blocks, BLOCK)
+    row, valid, offsets = _block(width, blocks, BLOCK)
     alpha, beta = _weights(
         alpha_ptr, beta_ptr, alpha_value, beta_value, row, offsets, valid, ALPHA, BETA
     )
@@ -105,9 +113,9 @@ def residual_add_forward_kernel(
     if ACTIVATION == "relu" or ACTIVATION == "leaky_relu":
         bits = tl.where(valid, tl.where(z <= 0, 0, 1), 0)  # 1 where z is NaN
         bits = tl.reshape(bits, (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
-        byte = tl.program_id(0).to(tl.int64) % blocks * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
         packed = tl.sum(bits, axis=1).to(tl.uint8)
-        tl.store(mask_ptr + row * mask_step + byte, packed, mask=byte < mask_step)
+        places, exist = _mask_bytes(mask_step, blocks, BLOCK)
+        tl.store(mask_ptr + places, packed, mask=exist)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
 
 
@@ -138,7 +146,7 @@ def residual_add_backward_kernel(
     NEED_BETA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, columns, valid, offsets = _block(width, blocks, BLOCK)
+    row, valid, offsets = _block(width, blocks, BLOCK)
     g = _load(grad_y_ptr, offsets, valid)
     SMOOTH: tl.constexpr = ACTIVATION == "silu" or ACTIVATION == "gelu"
     if NEED_X or NEED_RESIDUAL or SMOOTH:
@@ -146,8 +154,10 @@ def residual_add_backward_kernel(
             alpha_ptr, beta_ptr, alpha_value, beta_value, row, offsets, valid, ALPHA, BETA
         )
     if ACTIVATION == "relu" or ACTIVATION == "leaky_relu":
-        byte = tl.load(mask_ptr + row * mask_step + columns // 8, mask=valid, other=0)
-        blocked = (byte.to(tl.int32) >> (columns % 8).to(tl.int32)) & 1 == 0
+        places, exist = _mask_bytes(mask_step, blocks, BLOCK)
+        packed = tl.load(mask_ptr + places, mask=exist, other=0).to(tl.int32)
+        bits = packed[:, None] >> tl.arange(0, 8)[None, :]
+        blocked = tl.reshape(bits & 1, (BLOCK,)) == 0
         g = blocked_gradient(g, blocked, tl.cast(negative_slope, tl.float32), ACTIVATION)
     elif SMOOTH:
         z = alpha * _load(x_ptr, offsets, valid) + beta * _load(residual_ptr, offsets, valid)

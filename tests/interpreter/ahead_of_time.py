@@ -7,13 +7,14 @@ Triton and ptxas as it would be on the GPU: same argument types, same specialisa
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Launch:
     constants: tuple[tuple[Path_, Any], ...]
     divisible: tuple[Path_, ...]  # of arguments that are known to be multiples of 16
     options: tuple[tuple[str, int], ...]  # warps, stages
-    label: str = ""
+    label: str = field(default="", compare=False)
 
     @property
     def name(self) -> str:
@@ -194,6 +195,12 @@ def _dump(tool: str, *arguments: str) -> str:
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
+    """Equal launches, such as those of merging kernels, are compiled once."""
+    return replace(_compiled(launch, capability), launch=launch)
+
+
+@functools.cache
+def _compiled(launch: Launch, capability: int) -> Compiled:
     source = ASTSource(
         launch.kernel,
         dict(launch.signature),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.subprocess_calls import Outcome, run_calls
+from tests.subprocess_calls import Outcome, run_selected_calls
 
 MODULE = "tests.interpreter.backend_calls"
+BLOCKS = list(itertools.product(("basic_block", "bottleneck"), ("identity", "projection")))
 NAMES = [
     "batch_norm_by_name",
     "residual_add_by_name",
@@ -26,13 +28,17 @@ NAMES = [
     "residual_block_compiled_dynamic",
     "refused",
     "direct_calls",
+    *(f"near_to_float64-{op}-{shortcut}" for op, shortcut in BLOCKS),
+    "compiled-basic_block",
+    "compiled-bottleneck",
+    "relu_and_its_mask",
 ]
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, Outcome]:
+def outcomes(request: pytest.FixtureRequest) -> dict[str, Outcome]:
     pytest.importorskip("triton", reason="Triton is not installed")
-    return run_calls(MODULE, NAMES)
+    return run_selected_calls(MODULE, request)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from tests.interpreter.ahead_of_time import (
     CAPABILITIES,
     Compiled,
-    Launch,
     compile_launch,
     launches_of,
 )
@@ -104,12 +102,6 @@ def call(phase: str, taps: str, prologue: str, columns: int, dtype: torch.dtype)
         kernels.conv_bn_act_backward_weight(y, [x], *before, list(weight.shape), *geometry)
 
 
-@functools.cache
-def compiled_once(launch: Launch, capability: int) -> Compiled:
-    """Kernels that merge are the same for many calls."""
-    return compile_launch(launch, capability)
-
-
 def compiled(
     monkeypatch: pytest.MonkeyPatch, capability: int, dtype: torch.dtype, *shape: Any
 ) -> list[Compiled]:
@@ -118,10 +110,7 @@ def compiled(
     label = " ".join(map(str, shape)) + f" {str(dtype).removeprefix('torch.')}"
     arguments: Any = (*shape, dtype)
     launches = dict.fromkeys(launches_of(lambda: call(*arguments), label))
-    results = [
-        replace(compiled_once(replace(launch, label=""), capability), launch=launch)
-        for launch in launches
-    ]
+    results = [compile_launch(launch, capability) for launch in launches]
     for result in results:
         print(result)
         # Two registers' worth in memory is nothing to a product without tensor cores.

@@ -17,6 +17,7 @@ from resops.ops import convolution
 from resops.reference import basic_block as basic_block_reference
 from resops.reference import bottleneck as bottleneck_reference
 from resops.reference import conv_bn_act as phases
+from tests.accuracy import UNIT_ROUNDOFF
 
 OPS: dict[str, Callable[..., Tensor]] = {"basic_block": basic_block, "bottleneck": bottleneck}
 DEFINITIONS: dict[str, Callable[..., Tensor]] = {
@@ -133,6 +134,23 @@ def results(f: Callable[..., Tensor], args: Sequence[Any], *rest: Any, **kwargs:
             found[f"layer{number}.running_mean"] = a.running_mean
             found[f"layer{number}.running_var"] = a.running_var
     return found
+
+
+def assert_near_to_float64(op: str, args: Sequence[Any], mine: dict[str, Tensor]) -> None:
+    """What a call with ``args`` and silu gave is as near to the definition in float64 as what
+    PyTorch's ops give: three times their distance, and some roundings per layer.
+
+    Args:
+        args: as they were before the call, which updates the running statistics.
+    """
+    exact = results(DEFINITIONS[op], fresh(args, torch.float64), "silu", 0.01)
+    torchs = results(DEFINITIONS[op], fresh(args), "silu", 0.01)
+    floor = 2 * (len(args) - 1) * UNIT_ROUNDOFF[args[0].dtype]
+    assert mine.keys() == exact.keys()
+    for name, truth in exact.items():
+        norm = truth.norm()
+        error, yardstick = (float((r[name].double() - truth).norm() / norm) for r in (mine, torchs))
+        assert error <= 3 * yardstick + floor, (name, error, yardstick)
 
 
 @contextlib.contextmanager

@@ -23,12 +23,12 @@ from bench.session import saved_bytes
 from resops.functional import ConvNorm
 from resops.ops import convolution, convolution_table
 from resops.ops.bottleneck import BottleneckFunction
-from tests.accuracy import UNIT_ROUNDOFF
 from tests.dispatch import counted_calls
 from tests.ops.residual_block_cases import (
     CONVOLUTIONS,
     DEFINITIONS,
     OPS,
+    assert_near_to_float64,
     block,
     fresh,
     layer,
@@ -198,15 +198,10 @@ def test_as_near_to_float64_as_torch(
     op: str, projection: bool, how: str, dtype: torch.dtype
 ) -> None:
     args = block(op, dtype, projection=projection)
-    exact = results(DEFINITIONS[op], fresh(args, F64), "silu", 0.01)
-    torchs = results(DEFINITIONS[op], fresh(args), "silu", 0.01)
+    before = fresh(args)
     with CONVOLUTIONS[how]():
         mine = results(OPS[op], args, activation="silu")
-    for name, truth in exact.items():
-        norm = truth.norm()
-        error, yardstick = (float((r[name].double() - truth).norm() / norm) for r in (mine, torchs))
-        layers = len(args) - 1
-        assert error <= 3 * yardstick + 2 * layers * UNIT_ROUNDOFF[dtype], (name, error, yardstick)
+    assert_near_to_float64(op, before, mine)
 
 
 @both_ops
