@@ -105,7 +105,7 @@ def compile_objects(jobs: Sequence[tuple[Path, Sequence[str]]], lane: str) -> li
     """
     workers = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda job: _object(*job, lane), jobs))
+        return list(pool.map(lambda job: _object(job[0], job[1], lane), jobs))
 
 
 def compile_only(source: Path) -> None:
