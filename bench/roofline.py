@@ -7,7 +7,7 @@ read two and write a third (``triad``). Several ways are tried and the best of e
 loops of bandwidth.c with non-temporal stores and several prefetch distances, numpy and torch.
 
 The share of the limit that an op reaches is timed like everything else: the bare passes run
-alternately with the op, on as many bytes, and the paired ratio is reported. The 1-bit mask
+alternately with the op, reading the same tensors, and the paired ratio is reported. The 1-bit mask
 (1/32 of a float32 tensor, 1/16 of a bfloat16 one) and the per-channel vectors are left out of the
 limit's bytes.
 """
@@ -121,6 +121,18 @@ class Buffers:
         return self.x.numel() * 4
 
 
+def memory_of(t: Tensor) -> Tensor:
+    """The memory of a dense tensor, in its own order, as float32; whole blocks of it.
+
+    Raises:
+        ValueError: it does not begin on a cache line.
+    """
+    if t.data_ptr() % 64 != 0:
+        raise ValueError(f"the tensor begins {t.data_ptr() % 64} bytes behind a cache line")
+    count = max(t.nbytes // BLOCK, 1) * BLOCK // t.element_size()
+    return t.as_strided((count,), (1,)).view(torch.float32)
+
+
 def _parts(nbytes: int, count: int) -> Iterator[tuple[int, int]]:
     """Offset and length of ``count`` parts that are multiples of BLOCK."""
     blocks = nbytes // BLOCK
@@ -218,13 +230,18 @@ class Roofline:
         everything = {name: round(rate.median, 2) for name, rate in rates.items()}
         return Measured(best.median, best.p20, best.p80, way, everything)
 
-    def bare_passes(self, direction: str, residual: bool, nbytes: int) -> Callable[[], object]:
-        """The least passes of an op on tensors of ``nbytes``, each done in the best way."""
-        if self._buffers.nbytes < nbytes:
-            self._buffers = Buffers.of(nbytes, self.device)
-        count = max(nbytes // BLOCK, 1) * BLOCK // 4
-        whole = self._buffers
-        part = Buffers(whole.y[:count], whole.x[:count], whole.z[:count])
+    def bare_passes(
+        self, direction: str, residual: bool, x: Tensor, z: Tensor
+    ) -> Callable[[], object]:
+        """The least passes of an op that reads ``x`` and ``z``, each done in the best way.
+
+        They read the memory of these two dense tensors: how fast that is depends on the pages that
+        a tensor happened to get, by some ten percent.
+        """
+        if self._buffers.nbytes < x.nbytes:
+            self._buffers = Buffers.of(x.nbytes, self.device)
+        read, also = memory_of(x), memory_of(z)
+        part = Buffers(self._buffers.y[: read.numel()], read, also)
         calls = [
             _ways(kind, part, self._pool)[self.measured[kind].way]
             for kind in PASSES[direction, residual]

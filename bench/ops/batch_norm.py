@@ -290,9 +290,11 @@ def time_case(
             calls = {name: backward_call(f, inputs.grad_y) for name, f in forwards.items()}
         moved = tensors_moved(direction, shape.residual)
         nbytes = inputs.x.numel() * inputs.x.element_size()
+        forward_reads = inputs.x if inputs.residual is None else inputs.residual
+        other = forward_reads if direction == "forward" else inputs.grad_y
         for threads in session.threads if rooflines is None else rooflines:
             if rooflines is not None:
-                passes = rooflines[threads].bare_passes(direction, shape.residual, nbytes)
+                passes = rooflines[threads].bare_passes(direction, shape.residual, inputs.x, other)
                 calls["limit"] = passes
             with timing.threads(threads):
                 found = timing.alternate(calls, budget_s=session.seconds, device=session.device)

@@ -130,8 +130,9 @@ def test_bandwidth_is_found_with_and_without_a_compiler(
         roof = roofline.Roofline(CPU, threads, nbytes=2**20, budget_s=0.0)
         assert set(roof.measured) == set(roofline.KINDS)
         assert all(rate.gb_per_s > 0 for rate in roof.measured.values())
+        x, z = (torch.randn(2, 48, 64, 128, dtype=torch.bfloat16) for _ in range(2))
         for passes in roofline.PASSES:
-            roof.bare_passes(*passes, nbytes=3 * 2**19)()
+            roof.bare_passes(*passes, x, z)()
         roof.close()
 
 
@@ -148,6 +149,14 @@ def test_the_native_passes_move_every_byte() -> None:
         library.pass_triad(b.y.data_ptr(), b.x.data_ptr(), b.z.data_ptr(), b.nbytes, ahead)
         whole = b.x.view(torch.int32) + b.z.view(torch.int32)
         assert torch.equal(b.y.view(torch.int32), whole)
+
+
+def test_the_memory_of_a_tensor() -> None:
+    t = torch.arange(2 * 300 * 5, dtype=torch.int32).view(torch.float32).reshape(2, 300, 5)
+    whole = roofline.memory_of(t.permute(0, 2, 1)).view(torch.int32)
+    assert torch.equal(whole, torch.arange(3000 * 4 // roofline.BLOCK * roofline.BLOCK // 4))
+    with pytest.raises(ValueError, match="behind a cache line"):
+        roofline.memory_of(t[:, 1:])
 
 
 def test_parts_cover_everything_once() -> None:
