@@ -192,8 +192,8 @@ MUTANTS = [
         "NaN dropped by ReLU",
         Edit(
             SIMD,
-            "_mm512_max_ps(_mm512_setzero_ps(), z.r[0])",
-            "_mm512_max_ps(z.r[0], _mm512_setzero_ps())",
+            "select(passes(z), z, broadcast(acc(0)))",
+            "select(greater(z, acc(0)), z, broadcast(acc(0)))",
         ),
         f"{NUMERICS}::test_nan_is_not_swallowed",
     ),
