@@ -65,7 +65,7 @@ def run_selected_calls(module: str, request: pytest.FixtureRequest) -> dict[str,
     """The same for the tests that pytest will run of the requesting file, by their parameter
     ``name``: one test alone costs one call."""
     selected = [
-        item.callspec.params["name"]
+        item.callspec.params.get("name")
         for item in request.session.items
         if isinstance(item, pytest.Function)
         and item.module is request.module
