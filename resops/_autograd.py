@@ -22,14 +22,14 @@ def traced_to_aten() -> bool:
     )
 
 
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_plain_call(tensors: tuple[Any, ...]) -> bool:
     """Whether an op may go straight to its C++ autograd node: a call on tensors as PyTorch makes
     them (or None), which nothing traces or transforms."""
     for t in tensors:
-        if t is not None and type(t) not in _PLAIN_TENSORS:
+        if t is not None and type(t) not in PLAIN_TENSORS:
             return False
     return not (torch.compiler.is_compiling() or has_torch_function(tensors) or traced_to_aten())
 

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _magnitude, _native, _precision
+from .._autograd import PLAIN_TENSORS
 from ..reference import conv_bn_act as reference
 from ..reference.activation import activate
 from ..reference.conv_bn_act import Size
 from ..reference.conv_bn_act import convolution as library_convolution
-from . import conv_bn_act_phases  # noqa: F401  (its fake kernels are registered)
+from ..reference.layout import is_channels_last_only
 from .batch_norm import batch_norm, check_activation
 from .conv_bn_act_convolution import convolution
 from .conv_bn_act_gpu import Path, folded_convolution, path
+from .conv_bn_act_phases import output_size, paddings_of, size_tuple
 
 __all__ = [
     "FoldedConvolution",
@@ -32,7 +34,6 @@ __all__ = [
     "conv_bn_act",
     "convolution",
     "fold",
-    "is_channels_last",
     "path",
     "situation",
     "wants_gradient",
@@ -41,7 +42,6 @@ __all__ = [
 _HALF = (torch.float16, torch.bfloat16)
 _CASTABLE = (*_HALF, torch.float32)
 _DTYPES = (*_CASTABLE, torch.float64)
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 _NHWC = torch.channels_last
 
 # What the ops of torch.ops.mkldnn call the activations: attribute, scalars, algorithm.
@@ -56,22 +56,6 @@ _POST_OPS: dict[str, tuple[str, list[float], str]] = {
 _MANY_TILES, _SOME_TILES, _CACHED_CHANNELS = 9, 4, 128 * 128
 # No sum of a convolution whose result is bounded by this overflows its accumulator or its result.
 _NO_OVERFLOW = {torch.float32: 1e38, torch.bfloat16: 1e38, torch.float16: 6e4}
-
-
-def size_tuple(size: Size, n: int) -> tuple[int, ...]:
-    return (size,) * n if isinstance(size, int) else tuple(size)
-
-
-def paddings_of(
-    padding: Size | str, kernel: tuple[int, ...], dilation: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    """Zeros at both ends of every dimension; None where the two ends differ."""
-    if padding == "valid":
-        return (0,) * len(kernel)
-    if padding == "same":
-        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        return None if any(t % 2 for t in total) else tuple(t // 2 for t in total)
-    return None if isinstance(padding, str) else size_tuple(padding, len(kernel))
 
 
 class Situation(NamedTuple):
@@ -154,7 +138,7 @@ class FoldedConvolution:
             self.at_points = _native.module.winograd_weight(self.weight, *output_size[1:])
             return
         # Packed weights make the output channels-last; so it is if either of the two is.
-        if len(at.x_size) == 3 and (at.channels_last or is_channels_last(layout_of)):
+        if len(at.x_size) == 3 and (at.channels_last or is_channels_last_only(layout_of)):
             # The packed layout depends on the size of the image, not on that of the batch. One for
             # another size would be repacked at every call, which can take fifty times as long.
             # It depends on the number of threads too: one image on two of them is cut otherwise
@@ -169,7 +153,7 @@ class FoldedConvolution:
     def _takes_winograd(self, at: Situation, layout_of: Tensor) -> bool:
         if not at.native or _native.module is None or self.groups != 1 or len(at.x_size) != 3:
             return False
-        if not (at.channels_last or is_channels_last(layout_of)):
+        if not (at.channels_last or is_channels_last_only(layout_of)):
             return False  # the output of torch's own convolution would be contiguous
         tiles = math.prod(-(-size // 4) for size in self.output_size[1:])
         channels = math.prod(self.weight.shape[:2])
@@ -312,7 +296,7 @@ def situation(x: Tensor, residual: Tensor | None) -> Situation | None:
     It may not under the backend "reference", while something traces or transforms the call, or for
     an unusual or wrong argument: then the composition runs, and raises what is to be raised.
     """
-    if type(x) not in _PLAIN_TENSORS:
+    if type(x) not in PLAIN_TENSORS:
         return None
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return None
@@ -333,11 +317,11 @@ def situation(x: Tensor, residual: Tensor | None) -> Situation | None:
     if dtype not in _DTYPES:
         return None
     if residual is not None:
-        if type(residual) not in _PLAIN_TENSORS or residual.device != device:
+        if type(residual) not in PLAIN_TENSORS or residual.device != device:
             return None
         if residual.dtype != dtype and not (dtype in _HALF and residual.dtype == torch.float32):
             return None
-    channels_last = x.dim() == 4 and is_channels_last(x)
+    channels_last = x.dim() == 4 and is_channels_last_only(x)
     onednn = torch._C._get_mkldnn_enabled()
     native = kind == "cpu" and _dispatch.refusal("native", "conv_bn_act", x) is None
     precision = _precision.get_conv_precision()
@@ -352,11 +336,6 @@ def situation(x: Tensor, residual: Tensor | None) -> Situation | None:
         native and backend != "triton",
         precision,
     )
-
-
-def is_channels_last(t: Tensor) -> bool:
-    """Whether 4-D ``t`` is channels-last beyond doubt, not contiguous at the same time."""
-    return t.is_contiguous(memory_format=_NHWC) and not t.is_contiguous()
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -378,7 +357,7 @@ def _weights_fit(
         *((norm_dtypes, p) for p in pairs),
     ):
         present = [t for t in group if t is not None]
-        if any(type(t) not in _PLAIN_TENSORS or t.device != at.device for t in present):
+        if any(type(t) not in PLAIN_TENSORS or t.device != at.device for t in present):
             return False
         if any(t.dtype not in kinds or t.layout != torch.strided for t in present):
             return False
@@ -424,9 +403,9 @@ def fold(
         return None
     if conv_weight.numel() == 0 or at.x_size[0] != conv_weight.size(1) * groups:
         return None
-    spans = zip(at.x_size[1:], kernel, strides, paddings, dilations, strict=True)
-    size = [(x + 2 * pad - gap * (k - 1) - 1) // step + 1 for x, k, step, pad, gap in spans]
-    if min(size) < 1 or conv_weight.size(0) % groups != 0:
+    geometry = [list(sizes) for sizes in (strides, paddings, dilations)]
+    size = output_size([1, *at.x_size], list(conv_weight.shape), *geometry)[1:]
+    if min(size[1:]) < 1 or conv_weight.size(0) % groups != 0:
         return None
     with torch.no_grad(), torch.autocast(at.device.type, enabled=False):
         folded = reference.fold(
@@ -435,9 +414,8 @@ def fold(
         limit = torch.finfo(at.dtype).max
         if any(not float(t.abs().amax()) <= limit for t in folded):
             return None
-        output_size = torch.Size([conv_weight.size(0), *size])
         return FoldedConvolution(
-            at, *folded, strides, paddings, dilations, groups, conv_weight, output_size
+            at, *folded, strides, paddings, dilations, groups, conv_weight, torch.Size(size)
         )
 
 

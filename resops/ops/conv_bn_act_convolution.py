@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _native, _precision
-from .._autograd import apply_function, traced_to_aten
+from .._autograd import PLAIN_TENSORS, apply_function, traced_to_aten
 from ..reference.conv_bn_act import Size
 from ..reference.conv_bn_act import convolution as library_convolution
-from .conv_bn_act_phases import output_size
+from ..reference.layout import is_channels_last_only
+from .conv_bn_act_phases import output_size, paddings_of, size_tuple
 
 _PLAIN = (None, None, "identity", 0.0)  # no prologue
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 # Fewer channels leave most lanes of Winograd's transforms idle.
 _LEAST_CHANNELS = 16
 
@@ -92,12 +92,6 @@ def _differentiable_backward(
     )
 
 
-def _pair(size: Any) -> tuple[int, ...] | None:
-    if isinstance(size, int):
-        return (size, size)
-    return tuple(size) if isinstance(size, tuple | list) and len(size) == 2 else None
-
-
 Geometry = tuple[tuple[int, ...], tuple[int, ...]]  # stride and padding
 
 
@@ -111,7 +105,8 @@ def native_geometry(
     groups: int,
 ) -> Geometry | str:
     """Of a call that the native convolution takes; else why it does not."""
-    if type(x) not in _PLAIN_TENSORS or x.device.type != "cpu" or x.dtype != torch.float32:
+    plain = type(x) in PLAIN_TENSORS and type(weight) in PLAIN_TENSORS
+    if not plain or x.device.type != "cpu" or x.dtype != torch.float32:
         return "only plain float32 tensors on a CPU have native convolutions"
     # Before sizes are compared and ops called that such a transformation does not know.
     if traced_to_aten():
@@ -128,12 +123,15 @@ def native_geometry(
         return "autocast is on"
     if x.numel() == 0:
         return "there are no elements"
-    if not (_is_channels_last(x) or _is_channels_last(weight)):
+    if not (is_channels_last_only(x) or is_channels_last_only(weight)):
         return "neither the input nor the weight is channels-last, so the output may not be"
     kernel = tuple(weight.shape[2:])
-    steps, pads = _pair(stride), _paddings(padding, kernel)
-    if steps is None or pads is None or _pair(dilation) != (1, 1):
+    steps, gaps = size_tuple(stride, 2), size_tuple(dilation, 2)
+    if gaps != (1, 1):
         return "the dilation is not 1"
+    pads = paddings_of(padding, kernel, gaps)
+    if pads is None or len(pads) != 2 or len(steps) != 2:
+        return "the two ends of a dimension are not padded alike"
     if kernel == (3, 3):
         reason = _refuses_3x3(x, weight, steps, pads)
     elif kernel == (1, 1):
@@ -161,16 +159,6 @@ def _refuses_1x1(stride: tuple[int, ...], pads: tuple[int, ...]) -> str | None:
     if pads != (0, 0) or stride not in ((1, 1), (2, 2)):
         return "the padding is not 0, or the stride neither 1 nor 2"
     return None
-
-
-def _paddings(padding: Size | str, kernel: tuple[int, ...]) -> tuple[int, ...] | None:
-    if padding == "same":
-        return tuple((k - 1) // 2 for k in kernel)
-    return (0, 0) if padding == "valid" else _pair(padding)
-
-
-def _is_channels_last(t: Tensor) -> bool:
-    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
 
 
 def convolution(

@@ -1,4 +1,5 @@
-"""The phases of a convolution as ops: what their kernels return, without running them.
+"""The phases of a convolution as ops: their sizes, and what their kernels return, without running
+them.
 
 :mod:`resops.reference.conv_bn_act` defines ``conv_bn_act_forward``, ``conv_bn_act_backward_data``
 and ``conv_bn_act_backward_weight``; csrc/conv_bn_act.cpp has the schemas and argument checks of
@@ -17,7 +18,25 @@ from torch import Tensor
 
 from .. import _native, _triton
 from ..reference import conv_bn_act as reference
+from ..reference.conv_bn_act import Size
 from ..reference.layout import empty_channels_last
+
+
+def size_tuple(size: Size, n: int) -> tuple[int, ...]:
+    """One number per dimension."""
+    return (size,) * n if isinstance(size, int) else tuple(size)
+
+
+def paddings_of(
+    padding: Size | str, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Zeros at both ends of every dimension; None where the two ends differ."""
+    if padding == "valid":
+        return (0,) * len(kernel)
+    if padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return None if any(t % 2 for t in total) else tuple(t // 2 for t in total)
+    return None if isinstance(padding, str) else size_tuple(padding, len(kernel))
 
 
 def output_size(

@@ -17,7 +17,8 @@ from .._autograd import traced_to_aten
 from ..reference.conv_norm import ConvNorm
 from . import convolution as phases
 from .batch_norm import check_tensor
-from .conv_bn_act import conv_bn_act, paddings_of, size_tuple, wants_gradient
+from .conv_bn_act import conv_bn_act, wants_gradient
+from .conv_bn_act_phases import paddings_of, size_tuple
 from .convolution import Geometry
 from .residual_block_arguments import check_arguments, check_layers
 from .residual_block_passes import (

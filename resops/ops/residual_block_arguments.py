@@ -9,7 +9,7 @@ from torch import Tensor
 from ..reference.conv_norm import ConvNorm
 from .batch_norm import check_activation, check_input, check_tensor
 from .batch_norm import check_arguments as check_norm
-from .conv_bn_act import paddings_of, size_tuple
+from .conv_bn_act_phases import paddings_of, size_tuple
 
 
 def check_layers(op: str, chain: Sequence[object], shortcut: object) -> None:

@@ -43,6 +43,11 @@ def is_channels_last(y: Tensor) -> bool:
     return channels == 1 or spatial == 1 or not y.is_contiguous()
 
 
+def is_channels_last_only(t: Tensor) -> bool:
+    """Whether 4-D ``t`` is channels-last beyond doubt, not contiguous at the same time."""
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
 def _memory_order(like: Tensor) -> list[int]:
     dims = list(range(like.dim()))
     return [0, *dims[2:], 1] if not like.is_contiguous() else dims

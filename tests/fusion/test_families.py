@@ -8,6 +8,7 @@ which every norm stands exactly once. One member of each family; a few of them i
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -92,10 +93,7 @@ def assert_report_is_complete(model: nn.Module) -> int:
 
 def check(name: str, at_least: int) -> None:
     torch.manual_seed(0)
-    try:
-        model = filled(create(name)).double()
-    except (RuntimeError, ValueError, OSError) as error:
-        pytest.skip(f"{name} cannot be made here: {error}")
+    model = filled(create(name)).double()
     for dropout in model.modules():
         if "drop" in type(dropout).__name__.lower() and hasattr(dropout, "p"):
             dropout.p = 0.0
@@ -151,7 +149,7 @@ def families() -> list[str]:
             with torch.device("meta"):
                 try:
                     model = timm().create_model(name)
-                except Exception:
+                except (RuntimeError, NotImplementedError):  # its initialisation needs real data
                     continue
             norms = [m for m in model.modules() if layers.norm_kind(m) is not None]
             if norms:
@@ -171,8 +169,7 @@ def test_timm() -> None:
     for name in names:
         try:
             check(f"timm {name}", 0)
-        except pytest.skip.Exception:
-            continue
         except Exception as error:
             wrong.append(f"{name}: {type(error).__name__} {str(error)[:300]}")
+        gc.collect()  # modules and their graphs refer to each other, and hold gigabytes
     assert not wrong, "\n".join(wrong)

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resops import _native
 from resops.reference import conv_bn_act as phases
 from resops.reference.activation import activate
 from resops.reference.batch_norm import batch_norm_backward_reduce
@@ -127,10 +126,8 @@ def test_statistics_and_sums_are_those_of_the_rounded_values(dtype: torch.dtype)
 
 # ---- as ops -------------------------------------------------------------------------------------
 
-needs_extension = pytest.mark.skipif(_native.module is None, reason=str(_native.error))
 
-
-@needs_extension
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("phase", ["forward", "backward_data", "backward_weight"])
 def test_schemas_are_the_signatures_of_the_reference(phase: str) -> None:
     name = f"conv_bn_act_{phase}"
@@ -143,7 +140,7 @@ def test_schemas_are_the_signatures_of_the_reference(phase: str) -> None:
     assert len(declared.returns) == len(expected.returns)
 
 
-@needs_extension
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("sizes", [(9,), (9, 11), (5, 6, 7), (1, 1), (0, 5)])
 def test_fake_outputs_are_channels_last_and_of_the_right_size(sizes: tuple[int, ...]) -> None:
     n = len(sizes)
