@@ -19,6 +19,7 @@ from ..nn.batch_norm import BatchNormAct2d
 from ..nn.batch_norm_act_max_pool import norm_act_max_pool
 from ..nn.conv_bn_act import Conv2dNormActivation, conv_norm_act
 from ..nn.residual_block import residual_block
+from ._registry import register_model
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -220,26 +221,31 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(y, 1))
 
 
+@register_model
 def resnet18(num_classes: int = 1000, in_chans: int = 3, **kwargs: Any) -> ResNet:
     """ResNet-18. ``kwargs`` are those of :class:`ResNet`."""
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_chans, **kwargs)
 
 
+@register_model
 def resnet34(num_classes: int = 1000, in_chans: int = 3, **kwargs: Any) -> ResNet:
     """ResNet-34. ``kwargs`` are those of :class:`ResNet`."""
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, in_chans, **kwargs)
 
 
+@register_model
 def resnet50(num_classes: int = 1000, in_chans: int = 3, **kwargs: Any) -> ResNet:
     """ResNet-50. ``kwargs`` are those of :class:`ResNet`."""
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, in_chans, **kwargs)
 
 
+@register_model
 def resnet101(num_classes: int = 1000, in_chans: int = 3, **kwargs: Any) -> ResNet:
     """ResNet-101. ``kwargs`` are those of :class:`ResNet`."""
     return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, in_chans, **kwargs)
 
 
+@register_model
 def resnet152(num_classes: int = 1000, in_chans: int = 3, **kwargs: Any) -> ResNet:
     """ResNet-152. ``kwargs`` are those of :class:`ResNet`."""
     return ResNet(Bottleneck, (3, 8, 36, 3), num_classes, in_chans, **kwargs)

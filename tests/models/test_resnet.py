@@ -309,13 +309,13 @@ def test_image_channels_and_classes() -> None:
 
 
 def test_list_models() -> None:
-    assert list_models() == NAMES
-    assert list_models("resnet1*") == ["resnet18", "resnet101", "resnet152"]
-    assert list_models("densenet*") == []
+    assert set(NAMES) <= set(list_models())
+    assert list_models("resnet1?") == ["resnet18"]
+    assert list_models("none of them*") == []
 
 
 def test_unknown_model() -> None:
     with pytest.raises(ValueError, match=r"no model is called 'resnet5'; did you mean .*resnet50"):
         create_model("resnet5")
-    with pytest.raises(ValueError, match="no model is called 'vgg'; there are resnet18"):
-        create_model("vgg")
+    with pytest.raises(ValueError, match=r"no model is called 'zzz'; resops\.models\.list_models"):
+        create_model("zzz")
