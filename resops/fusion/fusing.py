@@ -45,7 +45,7 @@ class Analysis:
             if free and has_forward(block) and not isinstance(block, torch.jit.ScriptModule):
                 self._visit(block, free)
         for norm in free:
-            if isinstance(norm, BatchNormAct):
+            if isinstance(norm, layers.ONE_OP):
                 self.refusals[norm] = Reason.ALREADY_FUSED, type(norm).__name__
             self.refusals.setdefault(norm, (Reason.NOTHING_BESIDE, ""))
 

@@ -34,9 +34,14 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-def _create_activation(
+def create_activation(
     layer: Callable[..., nn.Module] | str | None, kwargs: Mapping[str, Any] | None, inplace: bool
 ) -> nn.Module:
+    """The layer ``act`` for the arguments ``act_layer``, ``act_kwargs`` and ``inplace`` of timm.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if isinstance(layer, str):
         if layer and layer not in _ACTIVATIONS:
             raise ValueError(
@@ -81,6 +86,44 @@ def fused_activation(act: nn.Module) -> tuple[str, float] | None:
     return None
 
 
+Epilogue = tuple[str, float, tuple[nn.Module, ...]]
+
+
+def epilogue(layer: nn.Module) -> Epilogue:
+    """What follows the norm in a layer with children ``drop`` and ``act``: an activation of the op
+    with its slope, and what runs after it.
+
+    The latter is nothing, or ``act`` where the op has no such activation or ``act`` has hooks, or
+    ``drop`` and ``act``, between which the residual is then added.
+    """
+    drop, act = layer._modules["drop"], layer._modules["act"]
+    assert drop is not None and act is not None
+    if type(drop) is not nn.Identity or not is_plain(drop):
+        return "identity", 0.0, (drop, act)
+    fused = fused_activation(act) if is_plain(act) else None
+    return ("identity", 0.0, (act,)) if fused is None else (*fused, ())
+
+
+def with_epilogue(
+    layer: nn.Module, run: Callable[[Tensor | None, str, float], Tensor], residual: Tensor | None
+) -> Tensor:
+    """act( drop( norm ) [+ residual] ) for a layer with the children ``drop`` and ``act``.
+
+    Args:
+        run: the norm as a function of the residual, the activation and its slope.
+    """
+    activation, negative_slope, rest = epilogue(layer)
+    y = run(residual if len(rest) < 2 else None, activation, negative_slope)
+    if not rest:
+        return y
+    if len(rest) == 2:
+        y = rest[0](y)
+        if residual is not None:
+            y = y + residual
+    y = rest[-1](y)
+    return y
+
+
 def next_statistics(norm: _BatchNorm) -> tuple[Tensor | None, Tensor | None, bool, float]:
     """What the next call of ``norm`` takes, which is counted if it is in training: the running
     statistics, whether those of the batch are used, and the batch's weight in the running ones."""
@@ -103,7 +146,7 @@ def normalize(
     x: Tensor,
     residual: Tensor | None,
     activation: str,
-    negative_slope: float,
+    negative_slope: float | Tensor,
     process_group: Any = None,
 ) -> Tensor:
     """What ``forward`` of a batch norm of torch does, with a residual and an activation.
@@ -155,20 +198,11 @@ class BatchNormAct(_BatchNorm):
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
         self.drop = nn.Identity() if drop_layer is None else drop_layer()
-        self.act = _create_activation(act_layer if apply_act else None, act_kwargs, inplace)
+        self.act = create_activation(act_layer if apply_act else None, act_kwargs, inplace)
 
-    def epilogue(self) -> tuple[str, float, tuple[nn.Module, ...]]:
-        """What follows the norm: an activation of the op with its slope, and what runs after it.
-
-        The latter is nothing, or ``act`` where the op has no such activation or ``act`` has hooks,
-        or ``drop`` and ``act``, between which the residual is then added.
-        """
-        drop, act = self._modules["drop"], self._modules["act"]
-        assert drop is not None and act is not None
-        if type(drop) is not nn.Identity or not is_plain(drop):
-            return "identity", 0.0, (drop, act)
-        fused = fused_activation(act) if is_plain(act) else None
-        return ("identity", 0.0, (act,)) if fused is None else (*fused, ())
+    def epilogue(self) -> Epilogue:
+        """See :func:`epilogue`."""
+        return epilogue(self)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """act( drop( norm(x) ) [+ residual] ).
@@ -181,16 +215,7 @@ class BatchNormAct(_BatchNorm):
             ValueError: another number of dimensions, or one value per channel in training.
             RuntimeError: an argument whose size, dtype or device does not fit.
         """
-        activation, negative_slope, rest = self.epilogue()
-        residual_of_op = residual if len(rest) < 2 else None
-        y = normalize(self, x, residual_of_op, activation, negative_slope, self._group())
-        if not rest:
-            return y
-        if len(rest) == 2:
-            y = self.drop(y)
-            if residual is not None:
-                y = y + residual
-        return self.act(y)
+        return with_epilogue(self, lambda *args: normalize(self, x, *args, self._group()), residual)
 
     def _group(self) -> Any:
         """The processes over which statistics are taken; None for this one."""

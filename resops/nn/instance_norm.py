@@ -1,12 +1,16 @@
 """Instance norm and group norm by the op batch_norm.
 
 Instance norm of (N, C, *spatial) is batch norm of the view (1, N*C, *spatial) with the batch's own
-statistics (Ulyanov, Vedaldi and Lempitsky, "Instance Normalization", 2016). For group norm (Wu and
-He, "Group Normalization", 2018) the statistics are those of the view (1, N*G, C/G * S), and are
-then applied to the view (1, N*C, S). As in torch a channels-last input is made contiguous.
+statistics (Ulyanov, Vedaldi and Lempitsky, "Instance Normalization", 2016); in evaluation with
+running statistics it is batch norm itself. For group norm (Wu and He, "Group Normalization", 2018)
+the statistics are those of the view (1, N*G, C/G * S), and are then applied to the view
+(1, N*C, S). As in torch a channels-last input is made contiguous.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +19,8 @@ from torch.nn.functional import group_norm
 from .. import functional
 from ..ops.batch_norm import batch_norm_statistics
 from ..reference.activation import activate
+from .batch_norm import create_activation, with_epilogue
+from .checkpoint import recomputing
 
 
 def _per_sample(p: Tensor | None, samples: int) -> Tensor | None:
@@ -26,9 +32,9 @@ def instance_normalize(
     x: Tensor,
     residual: Tensor | None,
     activation: str,
-    negative_slope: float,
+    negative_slope: float | Tensor,
 ) -> Tensor:
-    """act( norm(x) [+ residual] ) of an instance norm of torch without running statistics."""
+    """act( norm(x) [+ residual] ) of an instance norm of torch."""
     norm._check_input_dim(x)
     if x.dim() == norm._get_no_batch_dim():
         y = instance_normalize(
@@ -39,25 +45,41 @@ def instance_normalize(
             negative_slope,
         )
         return y.squeeze(0)
+    running = (norm.running_mean, norm.running_var)
+    if norm.track_running_stats and not norm.training:
+        return functional.batch_norm_act(
+            x,
+            *running,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            residual=residual,
+            activation=activation,
+            negative_slope=negative_slope,
+        )
     N, C = x.shape[:2]
     size = (1, N * C, *x.shape[2:])
     if x.numel() // max(N * C, 1) == 1:
         raise ValueError(
             f"Expected more than 1 spatial element when training, got input size {tuple(x.shape)}"
         )
+    # Every sample updates a copy of its own; torch's too is their mean.
+    copies = [None if t is None or recomputing() else t.repeat(N) for t in running]
     y = functional.batch_norm_act(
         x.reshape(size),
-        None,
-        None,
+        *copies,
         _per_sample(norm.weight, N),
         _per_sample(norm.bias, N),
         True,
-        0.0,
+        0.0 if norm.momentum is None else norm.momentum,
         norm.eps,
         residual=None if residual is None else residual.reshape(size),
         activation=activation,
         negative_slope=negative_slope,
     )
+    for statistic, copy in zip(running, copies, strict=True):
+        if statistic is not None and copy is not None and N > 0:
+            statistic.copy_(copy.view(N, C).mean(0))
     return y.view(x.shape)
 
 
@@ -91,3 +113,135 @@ def group_normalize(
         negative_slope=negative_slope,
     )
     return y.view(x.shape)
+
+
+class InstanceNormAct(nn.modules.instancenorm._InstanceNorm):
+    """What the layers for 2 and 3 spatial dimensions share; use one of those."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        apply_act: bool = True,
+        act_layer: Callable[..., nn.Module] | str | None = nn.ReLU,
+        act_kwargs: Mapping[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self.drop = nn.Identity() if drop_layer is None else drop_layer()
+        self.act = create_activation(act_layer if apply_act else None, act_kwargs, inplace)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act( drop( norm(x) ) [+ residual] ).
+
+        Args:
+            x: as torch's layer takes it.
+            residual: like ``x``.
+
+        Raises:
+            ValueError: another number of dimensions, or one value per instance in training.
+            RuntimeError: an argument whose size, dtype or device does not fit.
+        """
+        return with_epilogue(self, lambda *args: instance_normalize(self, x, *args), residual)
+
+
+class InstanceNormAct2d(InstanceNormAct, nn.InstanceNorm2d):
+    """Instance norm over (N, C, H, W) or (C, H, W) inputs, residual and activation in one op.
+
+    ``y = act( weight * (x - mean) / sqrt(var + eps) + bias [+ residual] )`` with mean and biased
+    variance of each channel of each sample (Ulyanov, Vedaldi and Lempitsky, "Instance
+    Normalization", 2016). Stands for ``nn.InstanceNorm2d`` followed by an addition and an
+    activation: same parameters, buffers and ``state_dict``, same results.
+
+    Args:
+        num_features: C.
+        eps: added to the variance, inside the root.
+        momentum: weight of a batch in the running statistics.
+        affine: learn weight and bias, (C,) each.
+        track_running_stats: keep running statistics and normalise with them in evaluation.
+        apply_act, act_layer, act_kwargs, inplace, drop_layer: as in :class:`BatchNormAct2d`.
+        device, dtype: of parameters and buffers.
+
+    Raises:
+        ValueError: an unknown name of an activation.
+
+    Shape: input, residual and output (N, C, H, W); float32, bfloat16, float16 or float64.
+    """
+
+
+class InstanceNormAct3d(InstanceNormAct, nn.InstanceNorm3d):
+    """Instance norm over (N, C, D, H, W) or (C, D, H, W) inputs, residual and activation in one op.
+
+    See :class:`InstanceNormAct2d`.
+    """
+
+
+class GroupNormAct(nn.GroupNorm):
+    """Group norm with residual and activation; one op where no gradient is recorded.
+
+    ``y = act( weight * (x - mean) / sqrt(var + eps) + bias [+ residual] )`` with mean and biased
+    variance of each group of channels of each sample (Wu and He, "Group Normalization", 2018).
+    Signature, and the children ``drop`` and ``act``, are those of timm's ``GroupNormAct``;
+    ``state_dict`` is that of ``nn.GroupNorm``. With gradients recorded PyTorch's own group norm
+    runs, then the rest: there is no kernel for its backward pass yet.
+
+    Args:
+        num_channels: C.
+        num_groups: of equal size.
+        eps: added to the variance, inside the root.
+        affine: learn weight and bias, (C,) each.
+        group_size: channels of a group; given, it takes the place of ``num_groups``.
+        apply_act, act_layer, act_kwargs, inplace, drop_layer: as in :class:`BatchNormAct2d`.
+        device, dtype: of parameters.
+
+    Raises:
+        ValueError: an unknown name of an activation; channels that make no whole groups.
+
+    Shape: input, residual and output (N, C, *spatial); float32, bfloat16, float16 or float64.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+        affine: bool = True,
+        group_size: int | None = None,
+        apply_act: bool = True,
+        act_layer: Callable[..., nn.Module] | str | None = nn.ReLU,
+        act_kwargs: Mapping[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if group_size is not None:
+            if group_size < 1 or num_channels % group_size != 0:
+                raise ValueError(
+                    f"num_channels must be divisible by group_size, but got {num_channels} and "
+                    f"{group_size}"
+                )
+            num_groups = num_channels // group_size
+        super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+        self.drop = nn.Identity() if drop_layer is None else drop_layer()
+        self.act = create_activation(act_layer if apply_act else None, act_kwargs, inplace)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act( drop( norm(x) ) [+ residual] ).
+
+        Args:
+            x: (N, C, *spatial).
+            residual: like ``x``.
+
+        Raises:
+            RuntimeError: an argument whose size, dtype or device does not fit.
+        """
+        return with_epilogue(self, lambda *args: group_normalize(self, x, *args), residual)
