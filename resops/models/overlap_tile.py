@@ -67,14 +67,16 @@ def overlap_tile(
     device = next((p.device for p in model.parameters()), image.device)
     starts = list(itertools.product(*(range(0, n, t) for n, t in zip(spatial, tile, strict=True))))
     for start in progress(starts):
-        block = mirrored_block(image, [(s - margin, s + t + margin) for s, t in zip(start, tile)])
+        block = mirrored_block(
+            image, [(s - margin, s + t + margin) for s, t in zip(start, tile, strict=True)]
+        )
         y = _middle(model(block.to(device)), block.shape[2:], tile, margin)
         if out is None:
             out = y.new_empty((*y.shape[:2], *spatial), device=image.device)
         if out.shape != (*y.shape[:2], *spatial):
             expected = (*y.shape[:2], *spatial)
             raise ValueError(f"out must be of size {expected}, but got {tuple(out.shape)}")
-        place = tuple(slice(s, s + t) for s, t in zip(start, tile))
+        place = tuple(slice(s, s + t) for s, t in zip(start, tile, strict=True))
         target = out[(slice(None), slice(None), *place)]
         target.copy_(y[(slice(None), slice(None), *(slice(n) for n in target.shape[2:]))])
     assert out is not None

@@ -184,7 +184,7 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match=r"\(N, C, H, W\), but got 2x16x16"):
         small()(torch.randn(2, 16, 16))
     with pytest.raises(
-        ValueError, match="norm_layer must be None, a class or one of batch, .*'bn'"
+        ValueError, match=r"norm_layer must be None, a class or one of batch, .*'bn'"
     ):
         small(norm_layer="bn")
     with pytest.raises(ValueError, match="act_layer must be a module class or one of relu"):
