@@ -314,8 +314,8 @@ class Conv2dNormActivation(_ConvNormActivation):
         in_channels, out_channels, kernel_size, stride, groups, dilation: of the convolution.
         padding: None for ``(kernel_size - 1) // 2 * dilation``.
         norm_layer: BatchNormAct2d, InstanceNormAct2d, GroupNormAct, a subclass or a
-            ``functools.partial`` of one, which gets ``act_layer=activation_layer``; any other norm, which is followed by the activation as a
-            child of its own; None for no norm.
+            ``functools.partial`` of one, which gets ``act_layer=activation_layer``; any other norm,
+            which is followed by the activation as a child of its own; None for no norm.
         activation_layer: class of the activation; None for none.
         inplace: of an activation that is not fused; None for one that has no such argument.
         bias: of the convolution; None for one only where there is no norm.
