@@ -4,16 +4,59 @@ where they have the network."""
 from __future__ import annotations
 
 from ._registry import create_model, list_models, register_model
-from .resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+from ._residual import Layers
+from .cifar_resnet import (
+    CifarResNet,
+    plain20,
+    plain32,
+    plain44,
+    plain56,
+    plain110,
+    resnet20,
+    resnet32,
+    resnet44,
+    resnet56,
+    resnet110,
+    resnet1202,
+)
+from .resnet import (
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
 
 __all__ = [
+    "CifarResNet",
+    "Layers",
     "ResNet",
     "create_model",
     "list_models",
+    "plain20",
+    "plain32",
+    "plain44",
+    "plain56",
+    "plain110",
     "register_model",
     "resnet18",
+    "resnet20",
+    "resnet32",
     "resnet34",
+    "resnet44",
     "resnet50",
+    "resnet56",
     "resnet101",
+    "resnet110",
     "resnet152",
+    "resnet1202",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
 ]

@@ -34,9 +34,10 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-def _create_activation(
+def create_activation(
     layer: Callable[..., nn.Module] | str | None, kwargs: Mapping[str, Any] | None, inplace: bool
 ) -> nn.Module:
+    """The activation of ``act_layer`` and ``act_kwargs``, see :class:`BatchNormAct2d`."""
     if isinstance(layer, str):
         if layer and layer not in _ACTIVATIONS:
             raise ValueError(
@@ -155,7 +156,7 @@ class BatchNormAct(_BatchNorm):
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
         self.drop = nn.Identity() if drop_layer is None else drop_layer()
-        self.act = _create_activation(act_layer if apply_act else None, act_kwargs, inplace)
+        self.act = create_activation(act_layer if apply_act else None, act_kwargs, inplace)
 
     def epilogue(self) -> tuple[str, float, tuple[nn.Module, ...]]:
         """What follows the norm: an activation of the op with its slope, and what runs after it.
