@@ -4,7 +4,6 @@ where they have the network."""
 from __future__ import annotations
 
 from ._registry import create_model, list_models, register_model
-from ._residual import Layers
 from .cifar_resnet import (
     CifarResNet,
     plain20,
@@ -19,6 +18,7 @@ from .cifar_resnet import (
     resnet110,
     resnet1202,
 )
+from .overlap_tile import overlap_tile
 from .resnet import (
     ResNet,
     resnet18,
@@ -31,19 +31,22 @@ from .resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from .unet import UNet, residual_unet, unet, unet_valid
 
 __all__ = [
     "CifarResNet",
-    "Layers",
     "ResNet",
+    "UNet",
     "create_model",
     "list_models",
+    "overlap_tile",
     "plain20",
     "plain32",
     "plain44",
     "plain56",
     "plain110",
     "register_model",
+    "residual_unet",
     "resnet18",
     "resnet20",
     "resnet32",
@@ -57,6 +60,8 @@ __all__ = [
     "resnet1202",
     "resnext50_32x4d",
     "resnext101_32x8d",
+    "unet",
+    "unet_valid",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]

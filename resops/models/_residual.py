@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.batch_norm import create_activation, fused_activation
+from ..nn.bias_act import BiasAct
 from ..nn.conv_bn_act import Conv2dNormActivation
-from ..nn.norm_act import ActLayer, BiasAct
-from ..nn.norm_layers import NormLayer, create_norm_act
+from ..nn.norm_layers import ActLayer, NormLayer, create_norm_act
 from ..nn.random_residual import ResDrop, ShakeDrop, ShakeShake
 from ..nn.residual_add import ResidualAdd
 from ..nn.std_conv import StdConv2d
@@ -46,7 +46,7 @@ RESIDUALS = (
 )
 
 
-class Layers:
+class ResidualLayers:
     """Makes the layers of one network's residual blocks.
 
     Args:
@@ -266,7 +266,7 @@ class ResidualBlock(nn.Module):
         return mixture
 
 
-def initialise(model: nn.Module, classifier: nn.Module, layers: Layers) -> None:
+def initialise(model: nn.Module, classifier: nn.Module, layers: ResidualLayers) -> None:
     """He et al.'s normal weights by fan-out (2015), and Fixup's of it: branches of m convolutions
     scaled by K^(-1/(2m-2)), their last ones and the classifier 0 (Zhang et al., 2019, section 3).
     """

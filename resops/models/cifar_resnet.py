@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..nn.conv_bn_act import conv_norm_act
 from ._features import Backbone, FeatureMap
 from ._registry import register_model
-from ._residual import Layers, ScalarBias, initialise, zero_last_norms
+from ._residual import ResidualLayers, ScalarBias, initialise, zero_last_norms
 from .resnet import BasicBlock
 
 SHORTCUTS = ("A", "B", "pool", "conv2")
@@ -71,7 +71,7 @@ class CifarResNet(Backbone):
         num_classes, in_chans, zero_init_residual, features_only: see :class:`ResNet`.
         shortcut: one of SHORTCUTS; None for a plain network.
         out_indices: of the feature maps: 0 for the stem's, 1 to 3 for the stages'; None for all.
-        options: of :class:`resops.models.Layers`.
+        options: of :class:`ResidualLayers`.
 
     Raises:
         ValueError: another depth or shortcut; an unknown norm, activation or residual; an
@@ -97,7 +97,7 @@ class CifarResNet(Backbone):
             raise ValueError(
                 f"shortcut must be one of {', '.join(SHORTCUTS)}, but got {shortcut!r}"
             )
-        layers = Layers(3 * n, **options)
+        layers = ResidualLayers(3 * n, **options)
         if shortcut is None and (
             layers.residual != "sum" or layers.drop_path_rate or zero_init_residual
         ):
@@ -155,7 +155,7 @@ class CifarResNet(Backbone):
 
 
 def _shortcut(
-    kind: str, in_channels: int, out_channels: int, stride: int, layers: Layers
+    kind: str, in_channels: int, out_channels: int, stride: int, layers: ResidualLayers
 ) -> nn.Module:
     if kind == "A":
         return PadShortcut(in_channels, out_channels, stride)

@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from ..nn.batch_norm_act_max_pool import norm_act_max_pool
 from ..nn.conv_bn_act import conv_norm_act
-from ..nn.norm_act import ActLayer
-from ..nn.norm_layers import NormLayer
+from ..nn.norm_layers import ActLayer, NormLayer
 from ..nn.residual_block import residual_block
 from ._features import Backbone, FeatureMap
 from ._registry import register_model
-from ._residual import Join, Layers, ResidualBlock, ScalarBias, initialise, zero_last_norms
+from ._residual import Join, ResidualBlock, ResidualLayers, ScalarBias, initialise, zero_last_norms
 
 
 class Block(ResidualBlock):
@@ -36,7 +35,9 @@ class Block(ResidualBlock):
     block_op = False  # as one op
     recompute = False  # and its widest outputs are not saved either
 
-    def __init__(self, downsample: nn.Module | None, layers: Layers, join: Join | None) -> None:
+    def __init__(
+        self, downsample: nn.Module | None, layers: ResidualLayers, join: Join | None
+    ) -> None:
         super().__init__(join)
         self.downsample = downsample
         self.enter = ScalarBias() if layers.fixup else None
@@ -77,12 +78,12 @@ class BasicBlock(Block):
         groups: int = 1,
         width_per_group: int = 64,
         stride_in_1x1: bool = False,
-        layers: Layers | None = None,
+        layers: ResidualLayers | None = None,
         join: Join | None = None,
     ) -> None:
         if groups != 1 or width_per_group != 64:
             raise ValueError("BasicBlock only supports groups=1 and width_per_group=64")
-        layers = layers or Layers(1)
+        layers = layers or ResidualLayers(1)
         super().__init__(downsample, layers, join)
         self.conv1 = layers.conv(in_channels, channels, 3, stride)
         self.bn1 = layers.norm(channels)
@@ -107,10 +108,10 @@ class Bottleneck(Block):
         groups: int = 1,
         width_per_group: int = 64,
         stride_in_1x1: bool = False,
-        layers: Layers | None = None,
+        layers: ResidualLayers | None = None,
         join: Join | None = None,
     ) -> None:
-        layers = layers or Layers(1)
+        layers = layers or ResidualLayers(1)
         super().__init__(downsample, layers, join)
         width = int(channels * (width_per_group / 64.0)) * groups
         out_channels = channels * self.expansion
@@ -139,7 +140,7 @@ class ResNet(Backbone):
         groups, width_per_group: of the 3x3 convolution of a Bottleneck (Xie et al., "Aggregated
             Residual Transformations", 2017).
         norm_layer, act_layer, residual, drop_path_rate, weight_standardization: see
-            :class:`resops.models.Layers`.
+            :class:`ResidualLayers`.
         stride_in_1x1: halve the resolution in the first convolution of a Bottleneck, as the paper
             does.
         block_op: compute each block by one op in training, which saves the raw outputs of
@@ -178,7 +179,7 @@ class ResNet(Backbone):
         out_indices: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        made_of = Layers(
+        made_of = ResidualLayers(
             sum(layers), norm_layer, act_layer, residual, drop_path_rate, weight_standardization
         )
         geometry = {
@@ -244,7 +245,7 @@ def make_stage(
     in_channels: int,
     channels: int,
     stride: int,
-    layers: Layers,
+    layers: ResidualLayers,
     joins: Iterator[Join | None],
     **geometry: Any,
 ) -> nn.Sequential:

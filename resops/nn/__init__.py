@@ -2,8 +2,9 @@
 
 from .batch_norm import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .batch_norm_variants import BatchRenormAct2d, GhostBatchNormAct2d
+from .bias_act import BiasAct
 from .conv_bn_act import Conv2dNormActivation, Conv3dNormActivation
-from .norm_act import BiasAct, GroupNorm1Act, GroupNormAct, InstanceNormAct2d, InstanceNormAct3d
+from .instance_norm import GroupNorm1Act, GroupNormAct, InstanceNormAct2d, InstanceNormAct3d
 from .norm_layers import create_norm_act
 from .population_statistics import monte_carlo_predictions, precise_statistics
 from .random_residual import ResDrop, ShakeDrop, ShakeShake

@@ -36,15 +36,20 @@ class GhostBatchNormAct2d(BatchNormAct2d):
             raise ValueError(f"virtual_batch_size must be positive, but got {virtual_batch_size}")
         self.virtual_batch_size = virtual_batch_size
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """See :meth:`resops.nn.BatchNormAct2d.forward`."""
+    def _normalize(
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+    ) -> Tensor:
+        normalize = super()._normalize
         count = -(-x.size(0) // self.virtual_batch_size)
         if not self.training or count <= 1:
-            return super().forward(x, residual)
+            return normalize(x, residual, activation, negative_slope)
         ghosts = x.tensor_split(count)
         residuals = [None] * count if residual is None else residual.tensor_split(count)
-        normalize = super().forward
-        return torch.cat([normalize(x, r) for x, r in zip(ghosts, residuals, strict=True)])
+        outputs = [
+            normalize(x, r, activation, negative_slope)
+            for x, r in zip(ghosts, residuals, strict=True)
+        ]
+        return torch.cat(outputs)
 
 
 class BatchRenormAct2d(BatchNormAct2d):
@@ -82,11 +87,11 @@ class BatchRenormAct2d(BatchNormAct2d):
             raise ValueError("batch renormalisation needs running statistics")
         self.r_max, self.d_max = r_max, d_max
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """See :meth:`resops.nn.BatchNormAct2d.forward`."""
-        activation, negative_slope, rest = self.epilogue()
-        if not self.training or len(rest) > 1 or x.numel() == 0:
-            return super().forward(x, residual)
+    def _normalize(
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+    ) -> Tensor:
+        if not self.training or x.numel() == 0:
+            return super()._normalize(x, residual, activation, negative_slope)
         self._check_input_dim(x)
         r, d = self._correction(x)
         weight = r if self.weight is None else self.weight * r
@@ -94,7 +99,7 @@ class BatchRenormAct2d(BatchNormAct2d):
         if self.bias is not None:
             bias = bias + self.bias
         running_mean, running_var, training, momentum = next_statistics(self)
-        y = functional.batch_norm_act(
+        return functional.batch_norm_act(
             x,
             running_mean,
             running_var,
@@ -107,7 +112,6 @@ class BatchRenormAct2d(BatchNormAct2d):
             activation=activation,
             negative_slope=negative_slope,
         )
-        return rest[0](y) if rest else y
 
     @torch.no_grad()
     def _correction(self, x: Tensor) -> tuple[Tensor, Tensor]:

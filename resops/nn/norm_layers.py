@@ -7,23 +7,45 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batch_norm import BatchNormAct, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
-from .batch_norm_variants import BatchRenormAct2d, GhostBatchNormAct2d
-from .norm_act import (
-    ActLayer,
-    BiasAct,
-    GroupNorm1Act,
-    GroupNormAct,
-    InstanceNormAct2d,
-    InstanceNormAct3d,
+from .. import functional
+from .batch_norm import (
+    BatchNormAct,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
     NormAct,
-    ThenAct,
+    create_activation,
+    fused_activation,
+    is_plain,
 )
+from .batch_norm_variants import BatchRenormAct2d, GhostBatchNormAct2d
+from .bias_act import BiasAct
+from .instance_norm import GroupNorm1Act, GroupNormAct, InstanceNormAct2d, InstanceNormAct3d
 
+ActLayer = Callable[..., nn.Module] | str | None
 NormLayer = Callable[..., nn.Module] | str
+
+
+class NormThenAct(nn.Module):
+    """act( norm(x) [+ residual] ) of any norm, or of none, one op after the other."""
+
+    def __init__(self, norm: nn.Module | None, act_layer: ActLayer) -> None:
+        super().__init__()
+        self.norm = nn.Identity() if norm is None else norm
+        # Some norm may need its own output for the backward pass; a convolution does not.
+        self.act = create_activation(act_layer, None, inplace=norm is None)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = self.norm(x)
+        if residual is None:
+            return self.act(y)
+        fused = fused_activation(self.act) if is_plain(self.act) else None
+        if fused is None:
+            return self.act(y + residual)
+        return functional.residual_add(y, residual, activation=fused[0], negative_slope=fused[1])
 
 
 def _group_norm(channels: int, **kwargs: Any) -> GroupNormAct:
@@ -95,11 +117,11 @@ def create_norm_act(
 def _makes_norm_act(layer: Any) -> bool:
     while isinstance(layer, functools.partial):
         layer = layer.func
-    return isinstance(layer, type) and issubclass(layer, BatchNormAct | NormAct)
+    return isinstance(layer, type) and issubclass(layer, NormAct)
 
 
 def _with_activation(norm: nn.Module, act_layer: ActLayer) -> nn.Module:
-    """The fused layer that stands for ``norm`` and an activation; ThenAct where there is none."""
+    """The fused layer that stands for ``norm`` and an activation, or one after the other."""
     kind = type(norm)
     if kind in _BATCH_NORMS:
         assert isinstance(norm, _BatchNorm)
@@ -117,4 +139,4 @@ def _with_activation(norm: nn.Module, act_layer: ActLayer) -> nn.Module:
         )
     if kind in _INSTANCE_NORMS and not norm.track_running_stats:
         return _INSTANCE_NORMS[kind](norm.num_features, norm.eps, norm.affine, act_layer=act_layer)
-    return ThenAct(norm, act_layer)
+    return NormThenAct(norm, act_layer)
