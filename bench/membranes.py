@@ -65,9 +65,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Images:
-    """Grey images of mean 0 and standard deviation 1, and 1 where there is a membrane: (K, 1, H, W).
+    """Grey images of mean 0 and standard deviation 1, and 1 where there is a membrane.
 
-    Every fifth image is held back for the test.
+    Both are (K, 1, H, W). Every fifth image is held back for the test.
     """
 
     images: Tensor

@@ -46,7 +46,7 @@ def test_images_of_a_folder(tmp_path: Path) -> None:
     assert data.images.shape == (5, 1, 8, 9) and abs(float(data.images.mean())) < 1e-6
     assert torch.equal(data.membrane[:, 0] > 0, torch.from_numpy(grey > 100))
     assert [len(images) for images, _ in (data.part(False), data.part(True))] == [4, 1]
-    with pytest.raises(membranes.NoData, match="has no .npz file"):
+    with pytest.raises(membranes.NoData, match=r"has no \.npz file"):
         membranes.load(tmp_path / "nowhere")
 
 
