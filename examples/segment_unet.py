@@ -70,7 +70,7 @@ def coins() -> tuple[list[Pair], list[Pair]]:
 
 
 def random_crops(pairs: Sequence[Pair], count: int, size: int, generator: torch.Generator) -> Pair:
-    """A batch of crops, some of them turned over: (count, C, size, size), (count, 1, size, size)."""
+    """A batch of crops, some of them turned over: (count, C, size, size) and (count, 1, ...)."""
 
     def draw(limit: int) -> int:
         return int(torch.randint(limit, (), generator=generator))
@@ -96,8 +96,8 @@ def train_epoch(
     epoch: int,
 ) -> float:
     """One epoch of ``options.steps`` steps; the mean loss of this process."""
-    # Each epoch and process draws its own crops, the same ones after a resumption.
-    generator = torch.Generator().manual_seed(options.seed + 1000 * epoch + here.rank)
+    # Each epoch and process draws its own crops and dropout, the same ones after a resumption.
+    generator = torch.manual_seed(options.seed + 1000 * epoch + here.rank)
     model.train()
     total = 0.0
     for _ in bar(range(options.steps), options.steps, f"epoch {epoch}", here.is_first):

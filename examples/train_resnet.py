@@ -90,9 +90,9 @@ def loaders(options: argparse.Namespace, here: Processes) -> tuple[DataLoader, D
                 sampler=sampler,
                 num_workers=options.workers,
                 collate_fn=collate,
+                # Batch norm cannot train on the one image that may be left over.
                 drop_last=not is_test and len(sampler) >= options.batch_size,
                 pin_memory=here.device.type == "cuda",
-                # Batch norm cannot train on the one image that may be left over.
             )
         )
     return made[0], made[1], num_classes
@@ -113,6 +113,8 @@ def train_epoch(
 ) -> float:
     """One pass over the images; the mean loss of this process."""
     loader.sampler.set_epoch(epoch)
+    # Each epoch and process has its own augmentations, the same ones after a resumption.
+    torch.manual_seed(options.seed + 1000 * epoch + here.rank)
     model.train()
     total = 0.0
     for batch in bar(loader, len(loader), f"epoch {epoch}", here.is_first):
@@ -185,7 +187,6 @@ def main(arguments: Sequence[str] | None = None) -> float:
         torch.manual_seed(options.seed)
         train_loader, test_loader, num_classes = loaders(options, here)
         network = make_model(options, num_classes, here.device)
-        torch.manual_seed(options.seed + here.rank)  # augmentations differ between processes
         rate = options.lr * options.batch_size * here.count / 256
         optimizer = torch.optim.SGD(
             weight_decay_groups(network, options.weight_decay), rate, momentum=options.momentum
