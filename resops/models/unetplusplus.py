@@ -82,8 +82,8 @@ class UNetPlusPlus(nn.Module):
             for j in range(1, i + 1):
                 row = rows[i - j]
                 up = self.get_submodule(f"up{i - j}_{j}")(rows[i - j + 1][j - 1])
-                joined = torch.cat([*row, fit(up, row[0].shape[2:])], 1)
-                row.append(self.get_submodule(f"conv{i - j}_{j}")(joined))
+                slices = (*row, fit(up, row[0].shape[2:]))
+                row.append(self.get_submodule(f"conv{i - j}_{j}")(slices))
         if len(self.heads) == 1:
             y: Tensor = self.get_submodule(self.heads[0])(rows[0][-1])
             return y

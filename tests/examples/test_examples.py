@@ -21,18 +21,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SHORT = ["--steps", "3", "--batch-size", "2", "--crop", "32", "--width", "4"]
-SHORT_RESNET = [
-    "--model",
-    "resnet20",
-    "--size",
-    "32",
-    "--batch-size",
-    "4",
-    "--workers",
-    "0",
-    "--lr",
-    "1",
-]
+SHORT_RESNET = ["--model", "resnet20", "--size", "32", "--batch-size", "4", "--workers", "0"]
+SHORT_RESNET += ["--lr", "1"]
 
 
 def example(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
