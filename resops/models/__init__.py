@@ -18,7 +18,20 @@ from .cifar_resnet import (
     resnet110,
     resnet1202,
 )
+from .highway import HighwayConvNetwork, HighwayNetwork, highway, highway_conv
 from .overlap_tile import overlap_tile
+from .preact_resnet import (
+    PreActResNet,
+    preact_resnet110,
+    preact_resnet164,
+    preact_resnet1001,
+    resnetv2_18,
+    resnetv2_34,
+    resnetv2_50,
+    resnetv2_101,
+    resnetv2_152,
+    resnetv2_200,
+)
 from .resnet import (
     ResNet,
     resnet18,
@@ -32,12 +45,19 @@ from .resnet import (
     wide_resnet101_2,
 )
 from .unet import UNet, residual_unet, unet, unet_valid
+from .wide_resnet import WideResNet, wrn_16_4, wrn_16_8, wrn_22_8, wrn_28_10, wrn_40_4
 
 __all__ = [
     "CifarResNet",
+    "HighwayConvNetwork",
+    "HighwayNetwork",
+    "PreActResNet",
     "ResNet",
     "UNet",
+    "WideResNet",
     "create_model",
+    "highway",
+    "highway_conv",
     "list_models",
     "overlap_tile",
     "plain20",
@@ -45,6 +65,9 @@ __all__ = [
     "plain44",
     "plain56",
     "plain110",
+    "preact_resnet110",
+    "preact_resnet164",
+    "preact_resnet1001",
     "register_model",
     "residual_unet",
     "resnet18",
@@ -58,10 +81,21 @@ __all__ = [
     "resnet110",
     "resnet152",
     "resnet1202",
+    "resnetv2_18",
+    "resnetv2_34",
+    "resnetv2_50",
+    "resnetv2_101",
+    "resnetv2_152",
+    "resnetv2_200",
     "resnext50_32x4d",
     "resnext101_32x8d",
     "unet",
     "unet_valid",
     "wide_resnet50_2",
     "wide_resnet101_2",
+    "wrn_16_4",
+    "wrn_16_8",
+    "wrn_22_8",
+    "wrn_28_10",
+    "wrn_40_4",
 ]

@@ -37,7 +37,7 @@ def small(**options: Any) -> Any:
 def assert_equals_twin(model: nn.Module) -> None:
     x = torch.randn(4, 3, 9, 8)
     assert_trains_as_twin(model, x, channels_last=True)
-    # Winograd's algorithm has larger errors than the twin's convolutions, which the others have not.
+    # The errors of Winograd's algorithm are larger than those of the twin's convolutions.
     with resops.set_conv_precision("highest"):
         assert_evaluates_as_twin(model, x, channels_last=True)
 
