@@ -107,7 +107,9 @@ def create_norm_act(
         known = NORM_LAYERS[dimensions]
         if norm_layer not in known:
             names = ", ".join(known)
-            raise ValueError(f"norm_layer must be one of {names}, but got {norm_layer!r}")
+            raise ValueError(
+                f"norm_layer must be None, a class or one of {names}, but got {norm_layer!r}"
+            )
         norm_layer = known[norm_layer]
     elif not _makes_norm_act(norm_layer):
         return _with_activation(norm_layer(channels), act_layer if apply_act else None)
