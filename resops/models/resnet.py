@@ -10,6 +10,7 @@ torchvision's names: ``state_dict`` is the same, and so are the initial weights 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..nn.batch_norm import BatchNormAct2d
 from ..nn.batch_norm_act_max_pool import norm_act_max_pool
 from ..nn.conv_bn_act import Conv2dNormActivation, conv_norm_act
 from ..nn.residual_block import residual_block
+from ._features import Backbone, FeatureMap
 from ._registry import register_model
 
 
@@ -108,7 +110,7 @@ class Bottleneck(_Block):
         return conv_norm_act(self.conv3, self.bn3, y, residual=shortcut)
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """The network of Table 1: a stem, four stages of blocks, average pooling and a classifier.
 
     Args:
@@ -126,9 +128,12 @@ class ResNet(nn.Module):
             with replaced modules, runs layer by layer.
         memory_efficient: the same, and the last convolution of each block runs again in the
             backward pass, so that its output is not saved.
+        features_only: return a list of feature maps in place of the logits.
+        out_indices: those that are returned: 0 for the stem's before pooling, 1 to 4 for the
+            stages'; None for all.
 
     Raises:
-        ValueError: groups or width_per_group given for BasicBlock.
+        ValueError: groups or width_per_group given for BasicBlock; an index without feature map.
     """
 
     def __init__(
@@ -142,6 +147,8 @@ class ResNet(nn.Module):
         width_per_group: int = 64,
         block_op: bool = False,
         memory_efficient: bool = False,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -161,6 +168,10 @@ class ResNet(nn.Module):
             if isinstance(module, _Block):
                 module.block_op = block_op or memory_efficient
                 module.recompute = memory_efficient
+        stages = [(f"layer{i}", (32 << i) * block.expansion, 2 << i) for i in range(1, 5)]
+        self.feature_info = tuple(FeatureMap(*row) for row in [("bn1", 64, 2), *stages])
+        if features_only:
+            self.keep_features(out_indices)
 
     def _make_stage(
         self,
@@ -215,10 +226,18 @@ class ResNet(nn.Module):
             y = stage(y)
         return y
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) to the logits, (N, num_classes)."""
-        y = self.avgpool(self.forward_features(x))
-        return self.fc(torch.flatten(y, 1))
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Features to the logits, (N, num_classes)."""
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+    def forward_intermediates(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The maps ``indices``: 0 for the stem's, 1 to 4 for the stages'."""
+        y = conv_norm_act(self.conv1, self.bn1, x)
+        maps = [y]
+        for i in range(1, max(indices) + 1):
+            y = getattr(self, f"layer{i}")(self.maxpool(y) if i == 1 else y)
+            maps.append(y)
+        return [maps[i] for i in indices]
 
 
 @register_model
