@@ -13,13 +13,8 @@ from torch.nn.utils import parametrize
 
 from .. import _dispatch
 from .._autograd import is_plain_call
-from ..nn.batch_norm import BatchNormAct, fused_activation, is_plain, normalize
-from ..nn.instance_norm import (
-    GroupNormAct,
-    InstanceNormAct,
-    group_normalize,
-    instance_normalize,
-)
+from ..nn.batch_norm import NormAct, fused_activation, is_plain, normalize
+from ..nn.instance_norm import group_normalize, instance_normalize
 from ..nn.sync_batch_norm import SyncBatchNormAct, synchronised
 from .report import Reason
 
@@ -67,8 +62,6 @@ _KINDS: dict[type, NormKind] = {
 _KINDS_BY_NAME = {
     "timm.layers.norm_act.BatchNormAct2d": _BATCH_NORM_2D._replace(has_activation=True),
 }
-# Layers of resops that are one op by themselves.
-ONE_OP = (BatchNormAct, InstanceNormAct, GroupNormAct)
 _NORM_CLASSES = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEVICES = ("cpu", "cuda", "meta")
@@ -97,7 +90,7 @@ def is_norm(module: nn.Module) -> bool:
 def refusal(norm: nn.Module) -> tuple[Reason, str] | None:
     """Why ``norm`` cannot be part of a fused op, and what exactly was found; None if it can."""
     cls = _qualified_name(type(norm))
-    if isinstance(norm, ONE_OP) and type(norm) is not SyncBatchNormAct:
+    if isinstance(norm, NormAct) and type(norm) is not SyncBatchNormAct:
         return Reason.ALREADY_FUSED, cls
     if parametrize.is_parametrized(norm):
         return Reason.PARAMETRIZED, ", ".join(norm.parametrizations)  # type: ignore[arg-type]

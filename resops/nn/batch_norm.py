@@ -37,11 +37,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 def create_activation(
     layer: Callable[..., nn.Module] | str | None, kwargs: Mapping[str, Any] | None, inplace: bool
 ) -> nn.Module:
-    """The layer ``act`` for the arguments ``act_layer``, ``act_kwargs`` and ``inplace`` of timm.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """The activation of ``act_layer`` and ``act_kwargs``, see :class:`BatchNormAct2d`."""
     if isinstance(layer, str):
         if layer and layer not in _ACTIVATIONS:
             raise ValueError(
@@ -84,44 +80,6 @@ def fused_activation(act: nn.Module) -> tuple[str, float] | None:
     if isinstance(act, nn.GELU) and kind is nn.GELU and act.approximate == "none":
         return "gelu", 0.0
     return None
-
-
-Epilogue = tuple[str, float, tuple[nn.Module, ...]]
-
-
-def epilogue(layer: nn.Module) -> Epilogue:
-    """What follows the norm in a layer with children ``drop`` and ``act``: an activation of the op
-    with its slope, and what runs after it.
-
-    The latter is nothing, or ``act`` where the op has no such activation or ``act`` has hooks, or
-    ``drop`` and ``act``, between which the residual is then added.
-    """
-    drop, act = layer._modules["drop"], layer._modules["act"]
-    assert drop is not None and act is not None
-    if type(drop) is not nn.Identity or not is_plain(drop):
-        return "identity", 0.0, (drop, act)
-    fused = fused_activation(act) if is_plain(act) else None
-    return ("identity", 0.0, (act,)) if fused is None else (*fused, ())
-
-
-def with_epilogue(
-    layer: nn.Module, run: Callable[[Tensor | None, str, float], Tensor], residual: Tensor | None
-) -> Tensor:
-    """act( drop( norm ) [+ residual] ) for a layer with the children ``drop`` and ``act``.
-
-    Args:
-        run: the norm as a function of the residual, the activation and its slope.
-    """
-    activation, negative_slope, rest = epilogue(layer)
-    y = run(residual if len(rest) < 2 else None, activation, negative_slope)
-    if not rest:
-        return y
-    if len(rest) == 2:
-        y = rest[0](y)
-        if residual is not None:
-            y = y + residual
-    y = rest[-1](y)
-    return y
 
 
 def next_statistics(norm: _BatchNorm) -> tuple[Tensor | None, Tensor | None, bool, float]:
@@ -173,7 +131,64 @@ def normalize(
     )
 
 
-class BatchNormAct(_BatchNorm):
+class NormAct:
+    """What a norm layer with an activation and an optional residual is, beside being a norm.
+
+    A class of it gives ``_normalize`` and calls ``_set_epilogue`` at the end of its ``__init__``.
+    """
+
+    training: bool
+    _modules: dict[str, nn.Module | None]
+    _normalize: Callable[[Tensor, Tensor | None, str, float], Tensor]
+
+    def _set_epilogue(
+        self,
+        apply_act: bool,
+        act_layer: Callable[..., nn.Module] | str | None,
+        act_kwargs: Mapping[str, Any] | None,
+        inplace: bool,
+        drop_layer: Callable[[], nn.Module] | None,
+    ) -> None:
+        self.drop = nn.Identity() if drop_layer is None else drop_layer()
+        self.act = create_activation(act_layer if apply_act else None, act_kwargs, inplace)
+
+    def epilogue(self) -> tuple[str, float, tuple[nn.Module, ...]]:
+        """What follows the norm: an activation of the op with its slope, and what runs after it.
+
+        The latter is nothing, or ``act`` where the op has no such activation or ``act`` has hooks,
+        or ``drop`` and ``act``, between which the residual is then added.
+        """
+        drop, act = self._modules["drop"], self._modules["act"]
+        assert drop is not None and act is not None
+        if type(drop) is not nn.Identity or not is_plain(drop):
+            return "identity", 0.0, (drop, act)
+        fused = fused_activation(act) if is_plain(act) else None
+        return ("identity", 0.0, (act,)) if fused is None else (*fused, ())
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act( drop( norm(x) ) [+ residual] ).
+
+        Args:
+            x: as torch's layer takes it.
+            residual: like ``x``.
+
+        Raises:
+            ValueError: another number of dimensions, or one value per channel in training.
+            RuntimeError: an argument whose size, dtype or device does not fit.
+        """
+        activation, negative_slope, rest = self.epilogue()
+        residual_of_op = residual if len(rest) < 2 else None
+        y = self._normalize(x, residual_of_op, activation, negative_slope)
+        if not rest:
+            return y
+        if len(rest) == 2:
+            y = self.drop(y)
+            if residual is not None:
+                y = y + residual
+        return self.act(y)
+
+
+class BatchNormAct(NormAct, _BatchNorm):
     """What the layers for 1 to 3 spatial dimensions share; use one of those."""
 
     # The convolution with this norm folded in, see conv_bn_act.py: not part of the state.
@@ -197,25 +212,12 @@ class BatchNormAct(_BatchNorm):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
-        self.drop = nn.Identity() if drop_layer is None else drop_layer()
-        self.act = create_activation(act_layer if apply_act else None, act_kwargs, inplace)
+        self._set_epilogue(apply_act, act_layer, act_kwargs, inplace, drop_layer)
 
-    def epilogue(self) -> Epilogue:
-        """See :func:`epilogue`."""
-        return epilogue(self)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act( drop( norm(x) ) [+ residual] ).
-
-        Args:
-            x: as torch's layer takes it.
-            residual: like ``x``.
-
-        Raises:
-            ValueError: another number of dimensions, or one value per channel in training.
-            RuntimeError: an argument whose size, dtype or device does not fit.
-        """
-        return with_epilogue(self, lambda *args: normalize(self, x, *args, self._group()), residual)
+    def _normalize(
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+    ) -> Tensor:
+        return normalize(self, x, residual, activation, negative_slope, self._group())
 
     def _group(self) -> Any:
         """The processes over which statistics are taken; None for this one."""

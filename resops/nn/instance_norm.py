@@ -20,7 +20,7 @@ from .. import functional
 from .._autograd import traced_to_aten
 from ..ops.batch_norm import batch_norm_statistics
 from ..reference.activation import activate
-from .batch_norm import create_activation, with_epilogue
+from .batch_norm import NormAct
 from .checkpoint import recomputing
 
 
@@ -67,7 +67,7 @@ def instance_normalize(
         raise ValueError(
             f"Expected more than 1 spatial element when training, got input size {tuple(x.shape)}"
         )
-    # Every sample updates a copy of its own; torch's too is their mean.
+    # Every sample updates a copy of its own; the running ones are their mean, as in torch.
     copies = [None if t is None or recomputing() else t.repeat(N) for t in running]
     y = functional.batch_norm_act(
         x.reshape(size),
@@ -119,16 +119,14 @@ def group_normalize(
     return y.view(x.shape)
 
 
-class InstanceNormAct(nn.modules.instancenorm._InstanceNorm):
+class InstanceNormAct(NormAct, nn.modules.instancenorm._InstanceNorm):
     """What the layers for 2 and 3 spatial dimensions share; use one of those."""
 
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = False,
-        track_running_stats: bool = False,
+        affine: bool = True,
         apply_act: bool = True,
         act_layer: Callable[..., nn.Module] | str | None = nn.ReLU,
         act_kwargs: Mapping[str, Any] | None = None,
@@ -137,79 +135,56 @@ class InstanceNormAct(nn.modules.instancenorm._InstanceNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
-        )
-        self.drop = nn.Identity() if drop_layer is None else drop_layer()
-        self.act = create_activation(act_layer if apply_act else None, act_kwargs, inplace)
+        super().__init__(num_features, eps, affine=affine, device=device, dtype=dtype)
+        self._set_epilogue(apply_act, act_layer, act_kwargs, inplace, drop_layer)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act( drop( norm(x) ) [+ residual] ).
-
-        Args:
-            x: as torch's layer takes it.
-            residual: like ``x``.
-
-        Raises:
-            ValueError: another number of dimensions, or one value per instance in training.
-            RuntimeError: an argument whose size, dtype or device does not fit.
-        """
-        return with_epilogue(self, lambda *args: instance_normalize(self, x, *args), residual)
+    def _normalize(
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+    ) -> Tensor:
+        return instance_normalize(self, x, residual, activation, negative_slope)
 
 
 class InstanceNormAct2d(InstanceNormAct, nn.InstanceNorm2d):
-    """Instance norm over (N, C, H, W) or (C, H, W) inputs, residual and activation in one op.
+    """Instance norm over (N, C, H, W) inputs, residual and activation in one op.
 
-    ``y = act( weight * (x - mean) / sqrt(var + eps) + bias [+ residual] )`` with mean and biased
-    variance of each channel of each sample (Ulyanov, Vedaldi and Lempitsky, "Instance
-    Normalization", 2016). Stands for ``nn.InstanceNorm2d`` followed by an addition and an
-    activation: same parameters, buffers and ``state_dict``, same results.
+    ``nn.InstanceNorm2d`` (of each sample's own statistics: there are no running ones), an addition
+    and an activation, with the same parameters and ``state_dict``.
 
     Args:
         num_features: C.
         eps: added to the variance, inside the root.
-        momentum: weight of a batch in the running statistics.
-        affine: learn weight and bias, (C,) each.
-        track_running_stats: keep running statistics and normalise with them in evaluation.
-        apply_act, act_layer, act_kwargs, inplace, drop_layer: as in :class:`BatchNormAct2d`.
-        device, dtype: of parameters and buffers.
+        affine: learn weight and bias, (C,) each. True, other than in torch: as networks have it.
+        apply_act, act_layer, act_kwargs, inplace, drop_layer, device, dtype: as in
+            :class:`resops.nn.BatchNormAct2d`.
+
+    Shape: input, residual and output (N, C, H, W), with more than one value of H * W.
 
     Raises:
         ValueError: an unknown name of an activation.
-
-    Shape: input, residual and output (N, C, H, W); float32, bfloat16, float16 or float64.
     """
 
 
 class InstanceNormAct3d(InstanceNormAct, nn.InstanceNorm3d):
-    """Instance norm over (N, C, D, H, W) or (C, D, H, W) inputs, residual and activation in one op.
-
-    See :class:`InstanceNormAct2d`.
-    """
+    """:class:`InstanceNormAct2d` over (N, C, D, H, W)."""
 
 
-class GroupNormAct(nn.GroupNorm):
-    """Group norm with residual and activation; one op where no gradient is recorded.
+class GroupNormAct(NormAct, nn.GroupNorm):
+    """Group norm over (N, C, *spatial) inputs, residual and activation.
 
-    ``y = act( weight * (x - mean) / sqrt(var + eps) + bias [+ residual] )`` with mean and biased
-    variance of each group of channels of each sample (Wu and He, "Group Normalization", 2018).
-    Signature, and the children ``drop`` and ``act``, are those of timm's ``GroupNormAct``;
-    ``state_dict`` is that of ``nn.GroupNorm``. With gradients recorded PyTorch's own group norm
-    runs, then the rest: there is no kernel for its backward pass yet.
+    ``nn.GroupNorm``, an addition and an activation, with the same parameters and ``state_dict``;
+    where no gradient is recorded in two passes over memory. Signature of timm's ``GroupNormAct``.
 
     Args:
         num_channels: C.
-        num_groups: of equal size.
+        num_groups: groups of neighbouring channels with common statistics; divides C.
         eps: added to the variance, inside the root.
         affine: learn weight and bias, (C,) each.
-        group_size: channels of a group; given, it takes the place of ``num_groups``.
-        apply_act, act_layer, act_kwargs, inplace, drop_layer: as in :class:`BatchNormAct2d`.
-        device, dtype: of parameters.
+        group_size: channels of a group, in the place of ``num_groups``.
+        apply_act, act_layer, act_kwargs, inplace, drop_layer, device, dtype: as in
+            :class:`resops.nn.BatchNormAct2d`.
 
     Raises:
-        ValueError: an unknown name of an activation; channels that make no whole groups.
-
-    Shape: input, residual and output (N, C, *spatial); float32, bfloat16, float16 or float64.
+        ValueError: groups that do not divide the channels; an unknown name of an activation.
     """
 
     def __init__(
@@ -228,24 +203,26 @@ class GroupNormAct(nn.GroupNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         if group_size is not None:
-            if group_size < 1 or num_channels % group_size != 0:
+            if num_channels % group_size:
                 raise ValueError(
-                    f"num_channels must be divisible by group_size, but got {num_channels} and "
-                    f"{group_size}"
+                    f"group_size must divide num_channels, but got {group_size} and {num_channels}"
                 )
             num_groups = num_channels // group_size
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
-        self.drop = nn.Identity() if drop_layer is None else drop_layer()
-        self.act = create_activation(act_layer if apply_act else None, act_kwargs, inplace)
+        self._set_epilogue(apply_act, act_layer, act_kwargs, inplace, drop_layer)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act( drop( norm(x) ) [+ residual] ).
+    def _normalize(
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+    ) -> Tensor:
+        return group_normalize(self, x, residual, activation, negative_slope)
 
-        Args:
-            x: (N, C, *spatial).
-            residual: like ``x``.
 
-        Raises:
-            RuntimeError: an argument whose size, dtype or device does not fit.
-        """
-        return with_epilogue(self, lambda *args: group_normalize(self, x, *args), residual)
+class GroupNorm1Act(GroupNormAct):
+    """:class:`GroupNormAct` of one group: layer norm of a sample's whole feature map.
+
+    Ba, Kiros and Hinton, "Layer Normalization", 2016, in the form of Wu and He, 2018, Eq. 4; with
+    timm's name.
+    """
+
+    def __init__(self, num_channels: int, **kwargs: Any) -> None:
+        super().__init__(num_channels, 1, **kwargs)
