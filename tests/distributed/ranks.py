@@ -268,7 +268,9 @@ def check_ddp() -> None:
         assert resops.convert_sync_batchnorm(resops.fuse(model)) is model
         assert len(resops.fuse_report(model).skipped) == 0
         x = torch.randn(8, 3, 6, 7, dtype=torch.float64)
-        parallel_step(model, x, sizes(8, kind))
+        parallel = parallel_step(model, x, sizes(8, kind))
+        with pytest.raises(ValueError, match="DistributedDataParallel: fuse the model first"):
+            resops.fuse(parallel)
         y = plain(x)
         (y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
         for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):

@@ -205,12 +205,13 @@ def test_forward_hooks_of_blocks() -> None:
     assert_is_fused(fused)
 
 
-def test_autocast() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
     """The dtypes are those of the plain model, and so is the distance from float64."""
     fused, plain = pair(small_net(), torch.float32)
     x = image(8, torch.float32)
     exact = copy.deepcopy(plain).double()(x.double())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         y, expected = fused(x), plain(x)
     assert y.dtype == expected.dtype
     # The plain model rounds between the layers, this one less often; twice is rule R's factor.
