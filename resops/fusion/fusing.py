@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import _dispatch
-from ..nn.batch_norm import BatchNormAct
+from ..nn.batch_norm import BatchNormAct, NormAct
 from . import layers
 from .blocks import FusedBlock, fused_class, swap_class
 from .blueprint import Blueprint, blueprint, has_forward
@@ -45,7 +45,7 @@ class Analysis:
             if free and has_forward(block) and not isinstance(block, torch.jit.ScriptModule):
                 self._visit(block, free)
         for norm in free:
-            if isinstance(norm, BatchNormAct):
+            if isinstance(norm, NormAct):
                 self.refusals[norm] = Reason.ALREADY_FUSED, type(norm).__name__
             self.refusals.setdefault(norm, (Reason.NOTHING_BESIDE, ""))
 

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..nn.batch_norm import fused_activation
-from ..nn.conv_bn_act import folded_conv
+from ..nn.conv_bn_act import convolve, folded_conv
 from . import layers, observer
 from .layers import Path
 from .report import Reason
@@ -51,22 +50,25 @@ class Step:
             keeper: keeps the folded convolution as its attribute ``_folded``.
         """
         norm = layers.child(block, self.norm)
+        kind = layers.norm_kind(norm)
+        assert kind is not None
+        slope: float | Tensor
         activation, slope, act = self.activation, self.negative_slope, None
         if self.act is not None:
             module = layers.child(block, self.act)
-            fused = fused_activation(module)
+            fused = layers.step_activation(module)
+            if fused is not None and fused[0] == "prelu" and not kind.learns_slope:
+                fused = None
             activation, slope = ("identity", 0.0) if fused is None else fused
             act = module if fused is None else None  # since then its settings were changed
-        kind = layers.norm_kind(norm)
-        assert kind is not None
         if self.conv is not None:
             conv = layers.child(block, self.conv)
             if not norm.training and type(conv) in kind.convs:
-                y = folded_conv(conv, norm, keeper, x, residual, activation, slope)
+                y = self._folded(conv, norm, keeper, x, residual, activation, slope)
                 if y is not None:
                     observer.tell(self, "folded into the convolution", x)
                     return y if act is None else act(y)
-            x = conv(x)
+            x = convolve(conv, x)
         if observer.listening():
             observer.tell(self, layers.backend_of(norm), x)
         if residual is None or residual.shape == x.shape:
@@ -76,10 +78,29 @@ class Step:
             y = y if act is not None else _ACTIVATE[activation](y, slope)
         return y if act is None else act(y)
 
+    def _folded(
+        self,
+        conv: nn.Module,
+        norm: nn.Module,
+        keeper: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        activation: str,
+        slope: float | Tensor,
+    ) -> Tensor | None:
+        """The step as one convolution, or None; a slope on another device is applied after it."""
+        if not isinstance(slope, Tensor):
+            return folded_conv(conv, norm, keeper, x, residual, activation, slope)
+        if torch.is_grad_enabled():
+            return None
+        y = folded_conv(conv, norm, keeper, x, residual, "identity", 0.0)
+        return None if y is None else F.prelu(y, slope.to(y.dtype))
 
-_ACTIVATE: dict[str, Callable[[Tensor, float], Tensor]] = {
+
+_ACTIVATE: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "identity": lambda z, slope: z,
     "relu": lambda z, slope: F.relu(z),
+    "prelu": lambda z, slope: F.prelu(z, slope.to(z.dtype)),
     "leaky_relu": lambda z, slope: F.leaky_relu(z, slope),
     "silu": lambda z, slope: F.silu(z),
     "gelu": lambda z, slope: F.gelu(z),
