@@ -92,7 +92,6 @@ __all__ = [
     "densenet201",
     "densenet_bc_40",
     "densenet_bc_100",
-    "create_model",
     "fpn",
     "heatmap_peaks",
     "highway",
