@@ -38,7 +38,8 @@ class PreActBlock(ResidualBlock):
         layers: ResidualLayers,
         join: Join | None,
     ) -> None:
-        super().__init__(join)
+        super().__init__()
+        self.join = join
         self.downsample: nn.Module | None = None
         if projected:
             conv = layers.conv(in_channels, out_channels, 1, stride)
