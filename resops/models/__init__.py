@@ -76,7 +76,6 @@ __all__ = [
     "alexnet",
     "convnext_tiny",
     "create_model",
-    "create_model",
     "fpn",
     "heatmap_peaks",
     "highway",
