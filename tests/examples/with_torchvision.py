@@ -1,5 +1,5 @@
-"""``python -m tests.examples.with_torchvision SCRIPT ...``: a script, where torchvision was built for
-another torch than the one here (tests/torchvision_ops.py)."""
+"""``python -m tests.examples.with_torchvision SCRIPT ...``: runs a script, where torchvision was
+built for another torch than the one here, too (tests/torchvision_ops.py)."""
 
 from __future__ import annotations
 

@@ -209,6 +209,9 @@ def test_peaks_of_heatmaps() -> None:
     expected = [[[3.75, 2.25], [6.5, 0.5]], [[2.25, 4.5], [0.5, 0.5]]]
     assert torch.equal(peaks, 4 * torch.tensor(expected))
     assert torch.equal(scores, torch.tensor([[1.0, 2.0], [1.0, 0.0]]))
+    wide = torch.zeros(1, 1, 1, 1025, dtype=torch.bfloat16)  # of a size that it cannot count to
+    wide[..., 1000] = 1
+    assert heatmap_peaks(wide, 1)[0].tolist() == [[[1000.5, 0.5]]]
     with pytest.raises(ValueError, match=r"\(N, K, H, W\)"):
         heatmap_peaks(heatmaps[0])
 
