@@ -247,7 +247,7 @@ def test_initial_weights() -> None:
         (model.up1.conv.double_conv[0].weight, 9 * 128),
     ):
         # Of some 3e4 values the deviation is known to 0.4 %.
-        assert float(weight.std()) == pytest.approx((2 / incoming) ** 0.5, rel=0.02)
+        assert float(weight.detach().std()) == pytest.approx((2 / incoming) ** 0.5, rel=0.02)
     assert not any(p.any() for key, p in model.named_parameters() if key.endswith("bias"))
 
 
