@@ -130,11 +130,10 @@ def crops(
     for _ in range(steps):
         pairs = []
         for _ in range(batch):
-            place = (draw(len(images)), slice(None))
-            for extent in images.shape[2:]:
-                start = draw(max(extent - size, 0) + 1)
-                place += (slice(start, start + size),)
-            pair = torch.stack((images[place], membrane[place]))
+            number = draw(len(images))
+            top, left = (draw(max(extent - size, 0) + 1) for extent in images.shape[2:])
+            place = slice(None), slice(top, top + size), slice(left, left + size)
+            pair = torch.stack((images[number][place], membrane[number][place]))
             pairs.append(pair.flip([dim for dim in (2, 3) if draw(2)]))
         x, target = torch.stack(pairs, 1)
         yield x.contiguous(memory_format=torch.channels_last), target

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import norm_layers
-from ..nn.norm_layers import ActLayer, NormThenAct, create_norm_act
+from ..nn.norm_layers import NormThenAct, create_norm_act
 
+ActLayer = norm_layers.ActLayer
 NormLayer = norm_layers.NormLayer | None
 
 
