@@ -150,7 +150,8 @@ def train(
 ) -> Curve:
     """Adam on the cross entropy of membrane against the rest."""
     curve = Curve()
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    # A larger eps than the usual 1e-8: Adam would blow up gradients that are 0 but for rounding.
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, eps=1e-6)
     model.train()
     for x, target in crops(data.part(test=False), steps, batch, size, seed):
         loss = F.binary_cross_entropy_with_logits(model(x), target)

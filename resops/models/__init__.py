@@ -20,6 +20,15 @@ from .cifar_resnet import (
     resnet1202,
 )
 from .convnext import ConvNeXt, ConvNeXtBlock, convnext_tiny
+from .densenet import (
+    DenseNet,
+    densenet121,
+    densenet161,
+    densenet169,
+    densenet201,
+    densenet_bc_40,
+    densenet_bc_100,
+)
 from .fpn import FPN, FeaturePyramid, fpn
 from .highway import HighwayConvNetwork, HighwayNetwork, highway, highway_conv
 from .hourglass import StackedHourglass, heatmap_peaks, hourglass
@@ -62,6 +71,7 @@ __all__ = [
     "CifarResNet",
     "ConvNeXt",
     "ConvNeXtBlock",
+    "DenseNet",
     "FeaturePyramid",
     "HighwayConvNetwork",
     "HighwayNetwork",
@@ -76,6 +86,12 @@ __all__ = [
     "alexnet",
     "convnext_tiny",
     "create_model",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet_bc_40",
+    "densenet_bc_100",
     "fpn",
     "heatmap_peaks",
     "highway",

@@ -58,7 +58,7 @@ def conv_norm_act(
             y = folded_conv(conv, norm, norm, x, residual, activation, negative_slope)
             if y is not None:
                 return rest[0](y) if rest else y
-    y = _convolve(conv, x)
+    y = convolve(conv, x)
     normalised: Tensor = norm(y) if residual is None else norm(y, residual)
     return normalised
 
@@ -67,7 +67,7 @@ def _joined(x: Tensor | Sequence[Tensor]) -> Tensor:
     return x if isinstance(x, Tensor) else torch.cat(list(x), 1)
 
 
-def _convolve(conv: nn.Module, x: Tensor | Sequence[Tensor]) -> Tensor:
+def convolve(conv: nn.Module, x: Tensor | Sequence[Tensor]) -> Tensor:
     """``conv(x)``; of an nn.Conv2d itself, without hooks, by the faster convolution."""
     if type(conv) is not nn.Conv2d or not is_plain(conv) or conv.padding_mode != "zeros":
         y: Tensor = conv(_joined(x))

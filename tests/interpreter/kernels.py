@@ -36,15 +36,16 @@ def import_kernels(op: str) -> Any:
         sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[spec.name])
     if os.environ.get("TRITON_INTERPRET") == "1":
-        _list_the_language_once()
+        _prepare_the_language_once()
     return importlib.import_module(f"resops.triton_kernels.{op}")
 
 
 @functools.cache
-def _list_the_language_once() -> None:
+def _prepare_the_language_once() -> None:
     """Triton's interpreter puts its own functions in the place of those of triton.language at every
-    call from one function of a kernel to another, and lists all that is in the module for it. The
-    list is always the same; to make it anew was half of the time of these tests."""
+    launch, and again at every call from one function of a kernel to another, each time with a list
+    of all that is in the module. The list is always the same, and a function needs what its launch
+    did not do at its first call only. All else was most of the time of these tests."""
     language = importlib.import_module("triton.language")
     interpreter = importlib.import_module("triton.runtime.interpreter")
 
@@ -59,7 +60,14 @@ def _list_the_language_once() -> None:
             if language.core.is_builtin(member):  # not there yet
                 interpreter._patch_attr(place, name, member, builder, scope)
 
+    prepare = functools.cache(interpreter._patch_lang)
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        prepare(function.fn)
+        return function.rewrite()(*args, **kwargs)
+
     interpreter._patch_builtin = patch
+    interpreter.InterpretedFunction.__call__ = call
     core = language.core
     for place in (language, core, language.math, core.tensor, core.tensor_descriptor_base):
         builtins(place)  # now, while they are what they were
