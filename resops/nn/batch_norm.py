@@ -135,15 +135,17 @@ def normalize(
     )
 
 
-class NormAct:
+class NormAct(nn.Module):
     """What a norm layer with an activation and an optional residual is, beside being a norm.
 
     A class of it gives ``_normalize`` and calls ``_set_epilogue`` at the end of its ``__init__``.
     """
 
-    training: bool
-    _modules: dict[str, nn.Module | None]
-    _normalize: Callable[[Tensor, Tensor | None, str, float], Tensor]
+    def _normalize(
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+    ) -> Tensor:
+        """act( norm(x) [+ residual] ) with an activation of the op."""
+        raise NotImplementedError
 
     def _set_epilogue(
         self,
