@@ -235,17 +235,14 @@ def test_saved_activations() -> None:
 
 
 def test_compiled() -> None:
-    ours, _ = pair()
+    """Blocks, their transitions and the last norm in one graph; the op's own test has more."""
+    ours = DenseNet(4, (1, 1), 8, num_classes=5)
     x = images(32, torch.float32)
     eager = copy.deepcopy(ours)
     torch._dynamo.reset()
-    y = torch.compile(ours, backend="aot_eager", fullgraph=True)(x)
-    expected = eager(x)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-    y.sum().backward()
-    expected.sum().backward()
-    for (name, p), other in zip(ours.named_parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, other.grad, rtol=1e-3, atol=1e-3, msg=name)
+    y = torch.compile(ours, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, eager(x))
+    assert torch.equal(ours.features.norm3.running_mean, eager.features.norm3.running_mean)
 
 
 def test_names() -> None:
