@@ -6,12 +6,17 @@ the median of the times and the median of the *paired* ratios, each with its 20t
 percentile, and the best time. A call that is short is repeated inside its sample, so that the clock
 does not matter; a sample is still shorter than the time slices of the system, so that most samples
 are whole ones even where other work is running.
+
+A call whose memory is new is not timed for what it computes: the system fills each page with zeros
+first, which takes longer than any kernel here takes to write it. Rounds in which somebody got new
+memory are left out wherever enough others are left.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +24,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 SAMPLE_S = 1e-3  # a sample is at least about this long
+NEW_PAGES = 256  # pages that the system may hand out within a round: 1 MiB
 Call = Callable[[], object]
 
 
@@ -96,6 +102,11 @@ def _sample(call: Call, repeats: int, device: torch.device) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
+def _pages_received() -> int:
+    """Pages of memory that the system has handed out to this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """Collect now, and not inside the block."""
@@ -124,13 +135,15 @@ def alternate(
     Args:
         providers: name to a call without arguments.
         budget_s: seconds for everything, warm-up included; at least ``min_rounds`` rounds are run
-            whatever they take, at most ``max_rounds``.
+            whatever they take, at most ``max_rounds``. Half as long again where fewer than
+            ``min_rounds`` were without new memory.
         warmup: untimed calls of each provider; the last of them sets how often the call is
             repeated within a sample.
         sample_s: the length that a sample should have.
 
     Returns:
         seconds per call, for every provider and round; every second round runs in reverse order.
+        Only rounds without new memory, or all where there are fewer than ``min_rounds`` of them.
     """
     device = torch.device(device)
     begin = time.perf_counter()
@@ -140,14 +153,21 @@ def alternate(
             for _ in range(max(warmup, 1)):
                 once = _sample(call, 1, device)
             repeats[name] = max(1, round(sample_s / max(once, 1e-9)))
-        seconds: dict[str, list[float]] = {name: [] for name in providers}
+        rounds: list[dict[str, float]] = []
+        settled: list[dict[str, float]] = []
         order = list(providers.items())
-        for finished in range(max_rounds):
-            if finished >= min_rounds and time.perf_counter() - begin >= budget_s:
+        while len(rounds) < max_rounds:
+            enough = len(settled) >= min_rounds
+            limit_s = budget_s if enough else 1.5 * budget_s
+            if len(rounds) >= min_rounds and time.perf_counter() - begin >= limit_s:
                 break
-            for name, call in order if finished % 2 == 0 else order[::-1]:
-                seconds[name].append(_sample(call, repeats[name], device))
-    return Comparison(seconds)
+            pages = _pages_received()
+            timed = order if len(rounds) % 2 == 0 else order[::-1]
+            rounds.append({name: _sample(call, repeats[name], device) for name, call in timed})
+            if device.type == "cuda" or _pages_received() - pages <= NEW_PAGES:
+                settled.append(rounds[-1])
+    kept = settled if len(settled) >= min_rounds else rounds
+    return Comparison({name: [times[name] for times in kept] for name in providers})
 
 
 @contextlib.contextmanager

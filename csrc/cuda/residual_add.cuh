@@ -161,7 +161,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     tensors[4] = static_cast<const T*>(weights.beta.tensor);
   }
   float sum_alpha[kVec] = {}, sum_beta[kVec] = {};
-  for_vectors<T, kVec, kTensors, kIsMasked<kAct>>(
+  // The erf of gelu needs the registers that a second step would take (ptxas spills on sm_100).
+  constexpr int kSteps = kAct == Activation::gelu ? 1 : kUnroll<kVec, kTensors>;
+  for_vectors<T, kVec, kTensors, kIsMasked<kAct>, kSteps>(
       cursor, tensors, mask,
       [&](const Place& place, int count, float (&v)[kTensors][kVec], unsigned bits, auto is_short) {
         float grad_x[kVec], grad_residual[kVec], grad_alpha[kVec], grad_beta[kVec];

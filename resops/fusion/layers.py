@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from .. import _dispatch
-from ..nn.batch_norm import BatchNormAct, fused_activation, is_plain, normalize
+from ..nn.batch_norm import NormAct, fused_activation, is_plain, normalize
 from ..nn.instance_norm import group_normalize, instance_normalize
 from ..nn.sync_batch_norm import SyncBatchNormAct, synchronised
 from .report import Reason
@@ -88,7 +88,7 @@ def is_norm(module: nn.Module) -> bool:
 def refusal(norm: nn.Module) -> tuple[Reason, str] | None:
     """Why ``norm`` cannot be part of a fused op, and what exactly was found; None if it can."""
     cls = _qualified_name(type(norm))
-    if isinstance(norm, BatchNormAct) and type(norm) is not SyncBatchNormAct:
+    if isinstance(norm, NormAct) and type(norm) is not SyncBatchNormAct:
         return Reason.ALREADY_FUSED, cls
     if parametrize.is_parametrized(norm):
         return Reason.PARAMETRIZED, ", ".join(norm.parametrizations)  # type: ignore[arg-type]

@@ -34,9 +34,10 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-def _create_activation(
+def create_activation(
     layer: Callable[..., nn.Module] | str | None, kwargs: Mapping[str, Any] | None, inplace: bool
 ) -> nn.Module:
+    """The activation of ``act_layer`` and ``act_kwargs``, see :class:`BatchNormAct2d`."""
     if isinstance(layer, str):
         if layer and layer not in _ACTIVATIONS:
             raise ValueError(
@@ -130,32 +131,26 @@ def normalize(
     )
 
 
-class BatchNormAct(_BatchNorm):
-    """What the layers for 1 to 3 spatial dimensions share; use one of those."""
+class NormAct:
+    """What a norm layer with an activation and an optional residual is, beside being a norm.
 
-    # The convolution with this norm folded in, see conv_bn_act.py: not part of the state.
-    _folded: Any = None
+    A class of it gives ``_normalize`` and calls ``_set_epilogue`` at the end of its ``__init__``.
+    """
 
-    def __init__(
+    training: bool
+    _modules: dict[str, nn.Module | None]
+    _normalize: Callable[[Tensor, Tensor | None, str, float], Tensor]
+
+    def _set_epilogue(
         self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        apply_act: bool = True,
-        act_layer: Callable[..., nn.Module] | str | None = nn.ReLU,
-        act_kwargs: Mapping[str, Any] | None = None,
-        inplace: bool = True,
-        drop_layer: Callable[[], nn.Module] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        apply_act: bool,
+        act_layer: Callable[..., nn.Module] | str | None,
+        act_kwargs: Mapping[str, Any] | None,
+        inplace: bool,
+        drop_layer: Callable[[], nn.Module] | None,
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
-        )
         self.drop = nn.Identity() if drop_layer is None else drop_layer()
-        self.act = _create_activation(act_layer if apply_act else None, act_kwargs, inplace)
+        self.act = create_activation(act_layer if apply_act else None, act_kwargs, inplace)
 
     def epilogue(self) -> tuple[str, float, tuple[nn.Module, ...]]:
         """What follows the norm: an activation of the op with its slope, and what runs after it.
@@ -183,7 +178,7 @@ class BatchNormAct(_BatchNorm):
         """
         activation, negative_slope, rest = self.epilogue()
         residual_of_op = residual if len(rest) < 2 else None
-        y = normalize(self, x, residual_of_op, activation, negative_slope, self._group())
+        y = self._normalize(x, residual_of_op, activation, negative_slope)
         if not rest:
             return y
         if len(rest) == 2:
@@ -191,6 +186,38 @@ class BatchNormAct(_BatchNorm):
             if residual is not None:
                 y = y + residual
         return self.act(y)
+
+
+class BatchNormAct(NormAct, _BatchNorm):
+    """What the layers for 1 to 3 spatial dimensions share; use one of those."""
+
+    # The convolution with this norm folded in, see conv_bn_act.py: not part of the state.
+    _folded: Any = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        apply_act: bool = True,
+        act_layer: Callable[..., nn.Module] | str | None = nn.ReLU,
+        act_kwargs: Mapping[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self._set_epilogue(apply_act, act_layer, act_kwargs, inplace, drop_layer)
+
+    def _normalize(
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+    ) -> Tensor:
+        return normalize(self, x, residual, activation, negative_slope, self._group())
 
     def _group(self) -> Any:
         """The processes over which statistics are taken; None for this one."""

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import conv_bn_act as ops
-from .batch_norm import BatchNormAct, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, is_plain
+from .batch_norm import (
+    BatchNormAct,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    NormAct,
+    is_plain,
+)
 from .sync_batch_norm import SyncBatchNormAct
 
 _PAIRS: dict[type[nn.Module], type[BatchNormAct]] = {
@@ -20,7 +27,10 @@ _PAIRS: dict[type[nn.Module], type[BatchNormAct]] = {
 
 
 def conv_norm_act(
-    conv: nn.Module, norm: BatchNormAct, x: Tensor, residual: Tensor | None = None
+    conv: nn.Module,
+    norm: nn.Module,
+    x: Tensor | Sequence[Tensor],
+    residual: Tensor | None = None,
 ) -> Tensor:
     """``norm(conv(x), residual)``, as one convolution where that gives the same.
 
@@ -32,30 +42,40 @@ def conv_norm_act(
 
     Args:
         conv: its output goes to ``norm`` and nowhere else.
-        x: (N, C_in, *spatial).
+        norm: any layer; one that is called with a residual takes it as its second argument.
+        x: (N, C_in, *spatial); or several such, side by side along the channels, which are not
+            concatenated in training where the convolution's kernels take slices.
         residual: like the output; added before the activation.
 
     Returns:
         (N, C, *spatial of the output).
     """
     if not norm.training and may_fuse(conv, norm):
+        x = _joined(x)
+        assert isinstance(norm, BatchNormAct)
         activation, negative_slope, rest = norm.epilogue()
         if len(rest) < 2:
             y = folded_conv(conv, norm, norm, x, residual, activation, negative_slope)
             if y is not None:
                 return rest[0](y) if rest else y
     y = convolve(conv, x)
-    return norm(y) if residual is None else norm(y, residual)
+    normalised: Tensor = norm(y) if residual is None else norm(y, residual)
+    return normalised
 
 
-def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+def _joined(x: Tensor | Sequence[Tensor]) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.cat(list(x), 1)
+
+
+def convolve(conv: nn.Module, x: Tensor | Sequence[Tensor]) -> Tensor:
     """``conv(x)``; of an nn.Conv2d itself, without hooks, by the faster convolution."""
     if type(conv) is not nn.Conv2d or not is_plain(conv) or conv.padding_mode != "zeros":
-        y: Tensor = conv(x)
+        y: Tensor = conv(_joined(x))
         return y
-    return ops.convolution(
-        x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
-    )
+    settings = conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    if isinstance(x, Tensor):
+        return ops.convolution(x, *settings)
+    return ops.convolution_of_slices(x, *settings)
 
 
 def may_fuse(conv: nn.Module, norm: nn.Module) -> bool:
@@ -271,7 +291,7 @@ class _ConvNormActivation(nn.Sequential):
             (N, out_channels, *spatial of the convolution's output).
         """
         layers = list(self._modules.values())
-        if len(layers) > 1 and isinstance(layers[1], BatchNormAct):
+        if len(layers) > 1 and isinstance(layers[1], NormAct):
             y = conv_norm_act(layers[0], layers[1], x, residual)
             layers = layers[2:]
         else:
@@ -289,7 +309,7 @@ class _ConvNormActivation(nn.Sequential):
 def _makes_norm_act(norm_layer: Any) -> bool:
     while hasattr(norm_layer, "func"):  # functools.partial
         norm_layer = norm_layer.func
-    return isinstance(norm_layer, type) and issubclass(norm_layer, BatchNormAct)
+    return isinstance(norm_layer, type) and issubclass(norm_layer, NormAct)
 
 
 class Conv2dNormActivation(_ConvNormActivation):
@@ -303,9 +323,9 @@ class Conv2dNormActivation(_ConvNormActivation):
     Args:
         in_channels, out_channels, kernel_size, stride, groups, dilation: of the convolution.
         padding: None for ``(kernel_size - 1) // 2 * dilation``.
-        norm_layer: BatchNormAct2d, a subclass or a ``functools.partial`` of it, which gets
-            ``act_layer=activation_layer``; any other norm, which is followed by the activation as a
-            child of its own; None for no norm.
+        norm_layer: BatchNormAct2d, InstanceNormAct2d, GroupNormAct, a subclass or a
+            ``functools.partial`` of one, which gets ``act_layer=activation_layer``; any other norm,
+            which is followed by the activation as a child of its own; None for no norm.
         activation_layer: class of the activation; None for none.
         inplace: of an activation that is not fused; None for one that has no such argument.
         bias: of the convolution; None for one only where there is no norm.

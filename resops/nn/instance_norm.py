@@ -8,6 +8,9 @@ then applied to the view (1, N*C, S). As in torch a channels-last input is made 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm
@@ -15,6 +18,7 @@ from torch.nn.functional import group_norm
 from .. import functional
 from ..ops.batch_norm import batch_norm_statistics
 from ..reference.activation import activate
+from .batch_norm import NormAct
 
 
 def _per_sample(p: Tensor | None, samples: int) -> Tensor | None:
@@ -91,3 +95,112 @@ def group_normalize(
         negative_slope=negative_slope,
     )
     return y.view(x.shape)
+
+
+class InstanceNormAct(NormAct, nn.modules.instancenorm._InstanceNorm):
+    """What the layers for 2 and 3 spatial dimensions share; use one of those."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        apply_act: bool = True,
+        act_layer: Callable[..., nn.Module] | str | None = nn.ReLU,
+        act_kwargs: Mapping[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, affine=affine, device=device, dtype=dtype)
+        self._set_epilogue(apply_act, act_layer, act_kwargs, inplace, drop_layer)
+
+    def _normalize(
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+    ) -> Tensor:
+        return instance_normalize(self, x, residual, activation, negative_slope)
+
+
+class InstanceNormAct2d(InstanceNormAct, nn.InstanceNorm2d):
+    """Instance norm over (N, C, H, W) inputs, residual and activation in one op.
+
+    ``nn.InstanceNorm2d`` (of each sample's own statistics: there are no running ones), an addition
+    and an activation, with the same parameters and ``state_dict``.
+
+    Args:
+        num_features: C.
+        eps: added to the variance, inside the root.
+        affine: learn weight and bias, (C,) each. True, other than in torch: as networks have it.
+        apply_act, act_layer, act_kwargs, inplace, drop_layer, device, dtype: as in
+            :class:`resops.nn.BatchNormAct2d`.
+
+    Shape: input, residual and output (N, C, H, W), with more than one value of H * W.
+
+    Raises:
+        ValueError: an unknown name of an activation.
+    """
+
+
+class InstanceNormAct3d(InstanceNormAct, nn.InstanceNorm3d):
+    """:class:`InstanceNormAct2d` over (N, C, D, H, W)."""
+
+
+class GroupNormAct(NormAct, nn.GroupNorm):
+    """Group norm over (N, C, *spatial) inputs, residual and activation.
+
+    ``nn.GroupNorm``, an addition and an activation, with the same parameters and ``state_dict``;
+    where no gradient is recorded in two passes over memory. Signature of timm's ``GroupNormAct``.
+
+    Args:
+        num_channels: C.
+        num_groups: groups of neighbouring channels with common statistics; divides C.
+        eps: added to the variance, inside the root.
+        affine: learn weight and bias, (C,) each.
+        group_size: channels of a group, in the place of ``num_groups``.
+        apply_act, act_layer, act_kwargs, inplace, drop_layer, device, dtype: as in
+            :class:`resops.nn.BatchNormAct2d`.
+
+    Raises:
+        ValueError: groups that do not divide the channels; an unknown name of an activation.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+        affine: bool = True,
+        group_size: int | None = None,
+        apply_act: bool = True,
+        act_layer: Callable[..., nn.Module] | str | None = nn.ReLU,
+        act_kwargs: Mapping[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if group_size is not None:
+            if num_channels % group_size:
+                raise ValueError(
+                    f"group_size must divide num_channels, but got {group_size} and {num_channels}"
+                )
+            num_groups = num_channels // group_size
+        super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+        self._set_epilogue(apply_act, act_layer, act_kwargs, inplace, drop_layer)
+
+    def _normalize(
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+    ) -> Tensor:
+        return group_normalize(self, x, residual, activation, negative_slope)
+
+
+class GroupNorm1Act(GroupNormAct):
+    """:class:`GroupNormAct` of one group: layer norm of a sample's whole feature map.
+
+    Ba, Kiros and Hinton, "Layer Normalization", 2016, in the form of Wu and He, 2018, Eq. 4; with
+    timm's name.
+    """
+
+    def __init__(self, num_channels: int, **kwargs: Any) -> None:
+        super().__init__(num_channels, 1, **kwargs)

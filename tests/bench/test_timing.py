@@ -63,6 +63,26 @@ def test_the_budget_ends_the_rounds_but_not_before_the_least_number() -> None:
     assert percentile(found.seconds["a"], 0.5) == pytest.approx(0.01, rel=1.0)
 
 
+def test_rounds_with_new_memory_are_left_out_where_enough_others_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pages, calls = 0, 0
+
+    def call(every: int) -> None:
+        nonlocal pages, calls
+        calls += 1
+        if calls % every == 0:
+            pages += 2 * timing.NEW_PAGES
+            time.sleep(0.02)
+
+    monkeypatch.setattr(timing, "_pages_received", lambda: pages)
+    found = alternate({"a": lambda: call(3)}, budget_s=0.2, min_rounds=4, sample_s=0.0)
+    assert max(found.seconds["a"]) < 0.02 and calls > len(found.seconds["a"]) * 1.3
+    # Where every round has new memory, all count.
+    found = alternate({"a": lambda: call(1)}, budget_s=0.0, min_rounds=4, sample_s=0.0)
+    assert len(found.seconds["a"]) == 4 and min(found.seconds["a"]) >= 0.02
+
+
 def test_garbage_collection_is_as_before() -> None:
     import gc
 

@@ -26,8 +26,8 @@ def test_timms_layer() -> None:
     torch.testing.assert_close(y, theirs(x))
 
 
+@pytest.mark.models
 def test_monais_norm() -> None:
-    pytest.importorskip("monai")
     from monai.networks.blocks.convolutions import Convolution
 
     from resops.integrations.monai import NAME

@@ -132,10 +132,11 @@ def every_layout() -> None:
 
 
 def parameters() -> None:
-    """Every subset of the parameters, in fp32 and in x's own dtype; strided vectors too."""
+    """Every subset of the parameters, some in fp32 and in x's own dtype; strided vectors too."""
     x = torch.randn(4, 17, 3).bfloat16()
+    both = (torch.float32, torch.bfloat16)
     for names in itertools.product([False, True], repeat=3):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in both if sum(names) in (1, 2) else both[:1]:
             case = random_case(x, parameter_dtype=dtype, activation="relu")
             for name, keep in zip(("weight", "bias", "running"), names, strict=True):
                 if not keep and name == "running":
@@ -251,9 +252,8 @@ def zero_and_nan_at_relu() -> None:
 def mask_of_the_definition() -> None:
     """Bit for bit, its padding included."""
     activations = itertools.cycle(("relu", "leaky_relu", "gelu"))
-    for shape, layout, dtype in itertools.product(
-        SHAPES, ("contiguous", "channels_last"), (torch.float32, torch.bfloat16)
-    ):
+    for i, (shape, layout) in enumerate(itertools.product(SHAPES, ("contiguous", "channels_last"))):
+        dtype = (torch.float32, torch.bfloat16)[i // 2 % 2]
         x, residual = (in_layout(torch.randn(shape).to(dtype), layout) for _ in range(2))
         C = shape[1]
         vectors = (torch.randn(C), torch.randn(C), torch.randn(C), torch.rand(C))

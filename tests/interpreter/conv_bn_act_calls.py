@@ -62,9 +62,12 @@ def geometry(name: str) -> None:
     turn = list(GEOMETRIES).index(name)
     shapes: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     taps = kernel[0] * kernel[1]
-    # The interpreter takes its time for every step of a sum: many taps, large tiles, one dtype.
-    tile = (32, 16, 16) if taps <= 4 else (64, 32, 32)
-    size = (2, 19, 7, 6) if taps <= 25 else (1, 3, 11, 10)
+    # The interpreter takes its time for every step of a sum: many taps, large tiles, one dtype. Two
+    # tiles of rows where the stride is 1.
+    tile = (32, 16, 16) if taps <= 4 else (32, 32, 32)
+    size = (2, 19, 5, 4) if max(stride) == 1 else (2, 19, 7, 6)
+    if taps >= 25:
+        size = (1, 19, 7, 6) if taps == 25 else (1, 3, 11, 10)
     prologues = (None, ("relu", "silu")[turn % 2]) if taps < 25 else ("relu",)
     for i, prologue in enumerate(prologues):
         dtype = DTYPES[(turn + i) % 3]
@@ -93,28 +96,23 @@ def prologue_and_epilogue(activation: str) -> None:
 
 
 def slices() -> None:
-    """Several inputs, of any widths, give what their concatenation gives."""
+    """Several inputs, of any widths, give what the definition gives of their concatenation."""
     for widths, kernel in (
         ((5, 20), (1, 1)),
-        ((16, 1, 33), (1, 1)),
         ((8,) * 6, (1, 1)),
         ((5, 20), (1, 3)),
-        ((16, 1, 9), (2, 1)),
+        ((16, 1, 17), (2, 1)),
     ):
         padding = (kernel[0] // 2, kernel[1] // 2)
         size = (2, sum(widths), 3, 3)
-        case = random_case(size, 17, kernel, slices=widths, prologue="relu", padding=padding)
-        ours = check(case)
-        alone = run(replace(case, inputs=[case.x]))
-        for name, t in ours.items():
-            torch.testing.assert_close(t, alone[name], rtol=1e-5, atol=1e-5, msg=name)
+        check(random_case(size, 7, kernel, slices=widths, prologue="relu", padding=padding))
 
 
 def parts_of_wider_tensors() -> None:
     """They are read where they are, and nothing of what is around them: that is NaN."""
     wide = torch.full((2, 40, 4, 5), math.nan).contiguous(memory_format=LAST)
     for first, size in ((0, 16), (3, 20), (24, 16)):
-        case = random_case((2, size, 4, 5), 9, (3, 3), prologue="relu", padding=(1, 1))
+        case = random_case((2, size, 4, 5), 9, (1, 3), prologue="relu", padding=(0, 1))
         wide[:] = math.nan
         wide[:, first : first + size] = case.x
         part = wide[:, first : first + size]
@@ -136,7 +134,7 @@ def every_layout() -> None:
     )
     for i in range(len(names)):
         case = random_case(
-            (2, 5, 3, 4), 6, (3, 2), residual=True, addend=True, prologue="silu", padding=(1, 1)
+            (2, 5, 3, 4), 6, (1, 2), residual=True, addend=True, prologue="silu", padding=(0, 1)
         )
         memory: list[Guarded] = []
 
@@ -189,7 +187,7 @@ def nan_and_infinity() -> None:
         *((math.inf, activation) for activation in piecewise),
     ]:
         clean = random_case(
-            (2, 6, 4, 4), 5, (1, 3), prologue=activation, activation=activation, padding=(0, 1)
+            (2, 6, 3, 4), 5, (1, 2), prologue=activation, activation=activation, padding=(0, 1)
         )
         clean = replace(clean, scale=torch.rand(6) + 0.5)
         x = clean.x.clone()
@@ -221,7 +219,7 @@ def zero_and_nan_at_relu() -> None:
 
 
 def same_bits_every_time() -> None:
-    case = random_case((3, 20, 5, 5), 18, (1, 3), prologue="relu", statistics=True, padding=(0, 1))
+    case = random_case((2, 20, 4, 5), 18, (1, 2), prologue="relu", statistics=True, padding=(0, 1))
     first = run(case)
     for name, t in run(case).items():
         assert torch.equal(t, first[name]), name
@@ -241,7 +239,7 @@ def any_number_of_parts() -> None:
 
 
 def any_tile() -> None:
-    case = random_case((2, 40, 3, 5), 37, (1, 3), prologue="relu", statistics=True, padding=(0, 1))
+    case = random_case((2, 40, 3, 5), 37, (1, 2), prologue="relu", statistics=True, padding=(0, 1))
     for tile in ((32, 16, 64), (16, 64, 32), (64, 32, 16)):
         check(case, tile)
     with guarded_memory():  # as the table has it

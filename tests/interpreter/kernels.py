@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,10 +35,50 @@ def import_kernels(op: str) -> Any:
         assert spec is not None and spec.loader is not None
         sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[spec.name])
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _prepare_the_language_once()
     return importlib.import_module(f"resops.triton_kernels.{op}")
 
 
+@functools.cache
+def _prepare_the_language_once() -> None:
+    """Triton's interpreter puts its own functions in the place of those of triton.language at every
+    launch, and again at every call from one function of a kernel to another, each time with a list
+    of all that is in the module. The list is always the same, and a function needs what its launch
+    did not do at its first call only. All else was most of the time of these tests."""
+    language = importlib.import_module("triton.language")
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+
+    @functools.cache
+    def builtins(place: Any) -> list[str]:
+        members = inspect.getmembers(place)
+        return [name for name, member in members if language.core.is_builtin(member)]
+
+    def patch(place: Any, builder: Any, scope: Any) -> None:
+        for name in builtins(place):
+            member = getattr(place, name)
+            if language.core.is_builtin(member):  # not there yet
+                interpreter._patch_attr(place, name, member, builder, scope)
+
+    prepare = functools.cache(interpreter._patch_lang)
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        prepare(function.fn)
+        return function.rewrite()(*args, **kwargs)
+
+    interpreter._patch_builtin = patch
+    interpreter.InterpretedFunction.__call__ = call
+    core = language.core
+    for place in (language, core, language.math, core.tensor, core.tensor_descriptor_base):
+        builtins(place)  # now, while they are what they were
+
+
 class _Guards(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; True would load torch._dynamo, which takes seconds."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.guarded: list[Guarded] = []

@@ -29,6 +29,8 @@ DRIVER = "csrc/cpu/batch_norm.cpp"
 CHECKS = "csrc/common/tensor_checks.h"
 ACTIVATION = "csrc/cpu/activation.h"
 SIMD = "csrc/cpu/simd.h"
+POOL_KERNELS = "csrc/cpu/batch_norm_act_max_pool_kernels.cpp"
+POOL_DRIVER = "csrc/cpu/batch_norm_act_max_pool.cpp"
 OP = "resops/ops/batch_norm.py"
 NODE = "csrc/autograd/batch_norm.cpp"
 
@@ -42,6 +44,7 @@ CONCURRENCY = "tests/ops/test_batch_norm_concurrency.py"
 ARGUMENTS = "tests/ops/test_batch_norm_arguments.py"
 OPINFO = "tests/ops/test_opinfo.py"
 NODES = "tests/ops/test_autograd_nodes.py"
+POOL = "tests/ops/test_batch_norm_act_max_pool.py"
 
 
 def bug(name: str, edits: Edit | tuple[Edit, ...], *tests: str) -> Mutant:
@@ -360,6 +363,63 @@ MUTANTS = [
         "mask bits of neighbouring planes overlap",
         Edit(DRIVER, "mask_step = ceil_div(spatial, 8)", "mask_step = spatial / 8"),
         f"{NUMERICS}::test_residual_flips_the_sign",
+    ),
+    # ---- max-pool -------------------------------------------------------------------------------
+    bug(
+        "last of equal maxima taken",
+        Edit(
+            POOL_KERNELS,
+            "row[kw] > best || row[kw] != row[kw]",
+            "row[kw] >= best || row[kw] != row[kw]",
+        ),
+        f"{POOL}::test_maxima_and_indices_are_torchs",
+    ),
+    bug(
+        "NaN is no maximum",
+        Edit(SIMD, "(a.r[i] > b.r[i]) | (a.r[i] != a.r[i])", "a.r[i] > b.r[i]"),
+        f"{POOL}::test_a_nan_in_the_window_is_the_maximum_through_relu",
+    ),
+    bug(
+        "padding of max-pool is 0, not -inf",
+        Edit(POOL_KERNELS, "broadcast(-static_cast<acc>(INFINITY))", "broadcast(acc(0))"),
+        f"{POOL}::test_maxima_and_indices_are_torchs",
+    ),
+    bug(
+        "index counted from the edge of the image",
+        Edit(
+            POOL_KERNELS,
+            "static_cast<acc>(kh * kernel_width + kw)",
+            "static_cast<acc>((kh - down.begin) * kernel_width + kw)",
+        ),
+        f"{POOL}::test_maxima_and_indices_are_torchs",
+    ),
+    bug(
+        "gradient of a window one padding too low",
+        Edit(POOL_KERNELS, "h + a.padding[0] - oh * a.stride[0]", "h - oh * a.stride[0]"),
+        f"{POOL}::test_every_gradient_arrives_once",
+    ),
+    bug(
+        "last window over a row forgotten",
+        Edit(
+            POOL_KERNELS,
+            "(h + a.padding[0]) / a.stride[0] + 1",
+            "(h + a.padding[0]) / a.stride[0]",
+        ),
+        f"{POOL}::test_every_gradient_arrives_once",
+    ),
+    bug(
+        "means of the gradient over windows, not elements",
+        Edit(
+            POOL_DRIVER,
+            "call.x.size(0) * call.args.height * call.args.width",
+            "call.x.size(0) * call.args.out_height * call.args.out_width",
+        ),
+        f"{POOL}::test_many_bands_and_blocks",
+    ),
+    bug(
+        "training formula under frozen statistics, in max-pool",
+        Edit(POOL_DRIVER, "training ? &sums : nullptr", "&sums"),
+        f"{POOL}::test_rule_R",
     ),
     # ---- checks ---------------------------------------------------------------------------------
     bug(

@@ -2,11 +2,11 @@
 
     python tests/lanes/mutation.py [--list] [--only TEXT]
 
-All bugs of mutants.py are planted at once into a copy of the source tree, each behind a switch
-(``RESOPS_MUTANT == k ? mutated : original``), so that one build serves them all. The copy is built
-for the portable instruction set only: the kernels are one source for all of them. Without a bug the
-named tests must pass; then a forked process per bug switches it on and runs its tests, of which one
-must fail.
+All bugs of mutants.py and triton_mutants.py are planted at once into a copy of the source tree,
+each behind a switch (``RESOPS_MUTANT == k ? mutated : original``), so that one build serves them
+all. The copy is built for the portable instruction set only: the kernels are one source for all of
+them. Without a bug the named tests must pass; then a forked process per bug switches it on and runs
+its tests, of which one must fail.
 
 A pattern that no longer occurs exactly once in the source stops the lane: adapt mutants.py.
 """
@@ -38,8 +38,11 @@ TIMEOUT = 120  # seconds for the tests of one bug; a bug that hangs is a bug tha
 if __name__ == "__main__":  # started as a file: find the package `tests`
     sys.path.insert(0, str(ROOT))
 
-from tests.lanes import source_copy  # noqa: E402
-from tests.lanes.mutants import MUTANTS, Edit, Mutant  # noqa: E402
+from tests.lanes import mutants as native_mutants  # noqa: E402
+from tests.lanes import source_copy, triton_mutants  # noqa: E402
+from tests.lanes.mutants import Edit, Mutant  # noqa: E402
+
+MUTANTS = [*native_mutants.MUTANTS, *triton_mutants.MUTANTS]
 
 CPP_SWITCH = """
 // Planted by tests/lanes/mutation.py: the number of the bug that is active, 0 for none.
@@ -60,7 +63,7 @@ def on(number: int) -> bool:
 
 
 class PatternError(Exception):
-    """A pattern of mutants.py does not fit the source."""
+    """A pattern of the lists of bugs does not fit the source."""
 
 
 # ---- planting -----------------------------------------------------------------------------------
@@ -118,9 +121,7 @@ def plant(mutants: Sequence[Mutant], root: Path) -> dict[str, str]:
             text = text[:start] + new + text[end:]
         planted[file] = text
     if errors:
-        raise PatternError(
-            "tests/lanes/mutants.py no longer fits the source:\n  " + "\n  ".join(errors)
-        )
+        raise PatternError("the planted bugs no longer fit the source:\n  " + "\n  ".join(errors))
     return planted
 
 
@@ -209,9 +210,9 @@ def run_all(mutants: Sequence[Mutant], numbers: Sequence[int]) -> int:
     import pytest
 
     import resops
-    from resops import _C
+    from resops import _C, triton_kernels
 
-    for module in (resops, _C):
+    for module in (resops, _C, triton_kernels):
         assert Path(module.__file__ or "").is_relative_to(TREE), f"{module} is not the copy"
     logs = TREE / "logs"
     logs.mkdir(exist_ok=True)

@@ -1,16 +1,17 @@
 """The compile check of the CUDA kernels: registers, stack and spills, per architecture.
 
-    python tests/lanes/ptxas.py [--all] [--release] [ARCHITECTURE ...]
+    python tests/lanes/ptxas.py [--all] [--release] [--built LIBRARY] [ARCHITECTURE ...]
 
 compiles every file of csrc/cuda, and the CUDA programs of bench, with nvcc for each architecture
-(80, 90a and 120) and prints what ptxas says, one row per kernel, or with ``--all`` per instance. It
-fails where a kernel that walks
-over tensors spills, uses the stack, or has more registers than leave room for two blocks on a
-multiprocessor; and, where cuobjdump is (that of the CUDA toolkit or of the package triton), where
-the machine code of one that is compiled for vectors has no 16-byte loads or stores, or that of a
-convolution does not multiply on tensor cores. ``--release`` adds the other architectures of a
-release, for which two files are compiled, the convolution and ``residual_add``; the others take too
-long for a lane, but what differs there from the three is not in our source. No GPU is needed.
+(80, 90a and 120) and prints what ptxas says, one row per kernel, or with ``--all`` per instance.
+``--built`` is an extension that was built with CUDA: what it has is read from it, not compiled
+again. The lane fails where a kernel that walks over tensors spills, uses the stack, or has more
+registers than leave room for two blocks on a multiprocessor; and, where cuobjdump is (that of the
+CUDA toolkit or of the package triton), where the machine code of one that is compiled for vectors
+has no 16-byte loads or stores, or that of a convolution does not multiply on tensor cores.
+``--release`` adds the other architectures of a release, for which two files are compiled, the
+convolution and ``residual_add``; the others take too long for a lane, but what differs there from
+the three is not in our source. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +55,7 @@ class Kernel:
     arguments: str  # of the template
     registers: int
     stack: int
-    spill_stores: int
+    spill_stores: int  # bytes; of a built library, instructions
     spill_loads: int
     wide_loads: int | None  # instructions that load 16 bytes; None: there is no cuobjdump
     wide_stores: int | None
@@ -115,23 +117,70 @@ def _folder(tool: str) -> str:
     return str(Path(tool).parent)
 
 
-# 16-byte loads (LDGSTS: into shared memory), 16-byte stores, products of matrices.
-_INSTRUCTIONS = (r"LDG(STS)?\.E(\.\w+)*\.128", r"STG\.E\.128", r"HMMA")
+# 16-byte loads (LDGSTS: into shared memory), 16-byte stores, products of matrices; stores to and
+# loads from local memory.
+_INSTRUCTIONS = (r"LDG(STS)?\.E(\.\w+)*\.128", r"STG\.E\.128", r"HMMA", r"STL", r"LDL")
 
 
 def instructions(cubin: Path) -> dict[str, tuple[int, ...]] | None:
     """How many _INSTRUCTIONS the machine code of each function has; None without cuobjdump."""
-    tool = find_cuobjdump()
-    if tool is None:
+    if find_cuobjdump() is None:
         return None
     counts: dict[str, tuple[int, ...]] = {}
-    environment = {**os.environ, "PATH": f"{_folder(tool)}:{os.environ.get('PATH', '')}"}
-    code = run([tool, "-sass", str(cubin)], environment)
-    for function in code.split("Function : ")[1:]:
+    for function in cuobjdump("-sass", str(cubin)).split("Function : ")[1:]:
         counts[function.split(maxsplit=1)[0]] = tuple(
             sum(1 for _ in re.finditer(rf"\b{op}\b", function)) for op in _INSTRUCTIONS
         )
     return counts
+
+
+def cuobjdump(*arguments: str, folder: Path | None = None) -> str:
+    """What it prints, run in ``folder``."""
+    tool = find_cuobjdump()
+    if tool is None:
+        raise RuntimeError("no cuobjdump beside nvcc, in the package triton or in PATH")
+    environment = {**os.environ, "PATH": f"{_folder(tool)}:{os.environ.get('PATH', '')}"}
+    return run([tool, *arguments], environment, folder)
+
+
+def built_kernels(library: Path) -> list[Kernel]:
+    """The kernels that an extension has machine code of.
+
+    Raises:
+        RuntimeError: there is no cuobjdump, or the library has no CUDA code.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cuobjdump("-xelf", "all", str(library.resolve()), folder=Path(folder))
+        with ThreadPoolExecutor(workers()) as pool:
+            cubins = sorted(Path(folder).glob("*.cubin"))
+            found = [k for kernels in pool.map(_disassembled, cubins) for k in kernels]
+    if not found:
+        raise RuntimeError(f"{library} has no CUDA code")
+    return found
+
+
+def _disassembled(cubin: Path) -> list[Kernel]:
+    number = cubin.name.rsplit(".sm_", 1)[1].removesuffix(".cubin")
+    architecture = {"90": "90a"}.get(number, number)  # the name has no letter
+    counts = instructions(cubin)
+    assert counts is not None
+    resources = dict(re.findall(r"Function (\w+):\s+(REG:.*)", cuobjdump("-res-usage", str(cubin))))
+    found = []
+    for name, readable in zip(resources, demangled(list(resources)), strict=True):
+        used = dict(re.findall(r"(REG|STACK):(\d+)", resources[name]))
+        *counted, stores, loads = counts[name]
+        numbers = (int(used["REG"]), int(used["STACK"]), stores, loads)
+        found.append(_kernel(architecture, readable, numbers, counted))
+    return found
+
+
+def _kernel(
+    architecture: str, name: str, numbers: Sequence[int], counted: Sequence[int | None]
+) -> Kernel:
+    match = re.search(r"(\w+)(?:<(.*)>)?\(", name)
+    kernel, arguments = (match[1], match[2] or "") if match else (name, "")
+    arguments = re.sub(r"\((bool|int|resops::Activation)\)", "", arguments)
+    return Kernel(architecture, kernel, arguments, *numbers, *counted)
 
 
 def compile_kernels(source: Path, architecture: str) -> list[Kernel]:
@@ -159,8 +208,16 @@ def compile_kernels(source: Path, architecture: str) -> list[Kernel]:
     return parse(report.read_text(), architecture, instructions(report.with_suffix(".cubin")))
 
 
-def run(command: list[str], environment: dict[str, str] | None = None) -> str:
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def workers() -> int:
+    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+
+
+def run(
+    command: list[str], environment: dict[str, str] | None = None, folder: Path | None = None
+) -> str:
+    done = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
@@ -181,12 +238,9 @@ def parse(
     entries = list(_ENTRY.finditer(report))
     found = []
     for entry, name in zip(entries, demangled([e["name"] for e in entries]), strict=True):
-        match = re.search(r"(\w+)(?:<(.*)>)?\(", name)
-        kernel, arguments = (match[1], match[2] or "") if match else (name, "")
-        arguments = re.sub(r"\((bool|int|resops::Activation)\)", "", arguments)
-        numbers = (int(entry[k]) for k in ("registers", "stack", "stores", "loads"))
-        counted = (None, None, None) if counts is None else counts[entry["name"]]
-        found.append(Kernel(architecture, kernel, arguments, *numbers, *counted))
+        numbers = [int(entry[k]) for k in ("registers", "stack", "stores", "loads")]
+        counted = (None, None, None) if counts is None else counts[entry["name"]][:3]
+        found.append(_kernel(architecture, name, numbers, counted))
     return found
 
 
@@ -230,17 +284,24 @@ def main() -> int:
     parser.add_argument("architectures", nargs="*", default=ARCHITECTURES, metavar="ARCHITECTURE")
     parser.add_argument("--all", action="store_true", help="a row for every instance")
     parser.add_argument("--release", action="store_true", help="the architectures of a release too")
+    parser.add_argument("--built", type=Path, metavar="LIBRARY", help="an extension with CUDA")
     options = parser.parse_args()
     if find_nvcc() is None:
         print("no nvcc on this machine: nothing was checked")
         return 0
-    jobs = [(source, a) for a in options.architectures for source in SOURCES]
+    found = [] if options.built is None else built_kernels(options.built)
+    built = {k.architecture for k in found}
+    jobs = [
+        (source, a)
+        for a in options.architectures
+        for source in SOURCES
+        if a not in built or source.parent.name == "bench"
+    ]
     if options.release:
         more = [a for a in RELEASE if a not in options.architectures]
         jobs += [(source, a) for a in more for source in RELEASE_SOURCES]
-    workers = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(workers) as pool:
-        found = [k for ks in pool.map(lambda job: compile_kernels(*job), jobs) for k in ks]
+    with ThreadPoolExecutor(workers()) as pool:
+        found += [k for ks in pool.map(lambda job: compile_kernels(*job), jobs) for k in ks]
     print(table(found, options.all))
     defined = {
         name

@@ -33,6 +33,10 @@ def renew(tree: Path, changed: Mapping[str, str]) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         if not copy.is_file() or copy.read_bytes() != content:
             copy.write_bytes(content)
+    # Its place as installed. Without it an editable install of the original would lend its own.
+    place = tree / "resops" / "triton_kernels"
+    if not place.is_symlink():
+        place.symlink_to(Path("..") / "triton_kernels")
     for folder in FOLDERS:
         for path in (tree / folder).rglob("*"):
             gone = path.is_file() and path.relative_to(tree) not in wanted

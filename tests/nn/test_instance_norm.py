@@ -25,13 +25,19 @@ NORMS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
 }
 
 
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+# Torch has no such memory format for three dimensions.
+LAYOUTS = [(name, "contiguous") for name in NORMS] + [
+    (name, "channels_last") for name, (_, _, size) in NORMS.items() if len(size) in FORMATS
+]
+
+
 def assert_near(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_equals_torch(name: str, layout: str, with_residual: bool) -> None:
     norm, function, size = NORMS[name]
     norm = copy.deepcopy(norm).double()
@@ -39,10 +45,7 @@ def test_equals_torch(name: str, layout: str, with_residual: bool) -> None:
         nn.init.normal_(p)
     x = torch.randn(size, dtype=torch.float64) + 3
     if layout == "channels_last":
-        if len(size) < 4 or name == "instance, no batch":
-            pytest.skip("torch has no such memory format")
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        x = x.contiguous(memory_format=formats[len(size)])
+        x = x.contiguous(memory_format=FORMATS[len(size)])
     residual = torch.randn_like(x) if with_residual else None
     inputs = [t.requires_grad_() for t in (x, residual) if t is not None]
     expected = norm(x) if residual is None else norm(x) + residual

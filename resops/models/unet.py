@@ -1,0 +1,251 @@
+"""U-Net (Ronneberger, Fischer and Brox, "U-Net: Convolutional Networks for Biomedical Image
+Segmentation", 2015, Figure 1).
+
+A contracting path of double 3x3 convolutions and max-pooling, an expanding path of up-convolutions,
+and at every resolution the concatenation of the two. :func:`unet_valid` is the network of the
+paper, whose convolutions have no padding, so that the output is smaller than the image;
+:func:`unet` pads, normalises after every convolution and has the modules, names and numbers of the
+implementation that most people use (github.com/milesial/Pytorch-UNet).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.conv_bn_act import conv_norm_act
+from ._layers import ActLayer, Layers, NormLayer, check_image, fit, initialise
+from ._registry import register_model
+
+WIDTHS = (64, 128, 256, 512, 1024)
+
+
+class ConvNormActs(nn.Sequential):
+    """Pairs of a convolution and its norm with activation, one after the other."""
+
+    def forward(self, x: Tensor | Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
+        """``residual`` is added before the last activation.
+
+        Args:
+            x: one tensor, or several side by side along the channels.
+        """
+        modules = list(self._modules.values())
+        pairs = list(zip(modules[::2], modules[1::2], strict=True))
+        for conv, norm in pairs[:-1]:
+            x = conv_norm_act(conv, norm, x)  # type: ignore[arg-type]
+        return conv_norm_act(*pairs[-1], x, residual)  # type: ignore[arg-type]
+
+
+class DoubleConv(nn.Module):
+    """Two 3x3 convolutions, each with its norm and activation.
+
+    Args:
+        residual: add the input before the last activation, through a 1x1 convolution and a norm
+            where the number of channels changes (He et al., 2015, Figure 5, left).
+        padding: 1 keeps the size, 0 is a valid convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,
+        out_channels: int,
+        layers: Layers,
+        residual: bool = False,
+        padding: int = 1,
+    ) -> None:
+        super().__init__()
+        modules = OrderedDict[str, nn.Module]()
+        # The names are places: at 2 and 5 the common implementation has its activations.
+        modules["0"] = layers.conv(in_channels, mid_channels, padding=padding)
+        modules["1"] = layers.norm(mid_channels)
+        modules["3"] = layers.conv(mid_channels, out_channels, padding=padding)
+        modules["4"] = layers.norm(out_channels)
+        self.double_conv = ConvNormActs(modules)
+        self.residual = residual
+        self.shortcut: nn.Module | None = None
+        if residual and in_channels != out_channels:
+            projection = layers.conv(in_channels, out_channels, 1)
+            self.shortcut = ConvNormActs(projection, layers.norm(out_channels, apply_act=False))
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        if not self.residual:
+            return self.double_conv(x)
+        if not isinstance(x, Tensor):  # two convolutions, or an addition, need it whole
+            x = torch.cat(list(x), 1)
+        return self.double_conv(x, x if self.shortcut is None else self.shortcut(x))
+
+
+class Down(nn.Module):
+    """Max-pooling, then a double convolution."""
+
+    def __init__(self, in_channels: int, *args: Any, layers: Layers, **kwargs: Any) -> None:
+        super().__init__()
+        conv = DoubleConv(in_channels, *args, layers, **kwargs)
+        self.maxpool_conv = nn.Sequential(layers.max_pool(), conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maxpool_conv(x)
+
+
+class Up(nn.Module):
+    """Twice the size, beside the contracting path's channels, then a double convolution.
+
+    The first convolution gets the two as slices: in training its kernel reads each where it is, if
+    it can, and the concatenation is neither made nor kept for the backward pass.
+
+    Args:
+        up: makes it twice as large.
+        conv: of the channels of the skip connection and of ``up``'s output, in this order.
+        padded: fit the smaller one to the skip connection by zeros; else cut the skip connection.
+    """
+
+    def __init__(self, up: nn.Module, conv: nn.Module, padded: bool = True) -> None:
+        super().__init__()
+        self.up = up
+        self.conv = conv
+        self.padded = padded
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.padded:
+            x = fit(x, skip.shape[2:])
+        else:
+            skip = fit(skip, x.shape[2:])
+        return self.conv((skip, x))
+
+
+class OutConv(nn.Module):
+    """A 1x1 convolution to the logits of the classes."""
+
+    def __init__(self, in_channels: int, num_classes: int, layers: Layers) -> None:
+        super().__init__()
+        self.conv = layers.conv(in_channels, num_classes, 1, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class UNet(nn.Module):
+    """The U-Net.
+
+    Args:
+        num_classes: channels of the output.
+        in_chans: channels of the image.
+        widths: channels at each resolution, from fine to coarse.
+        bilinear: upsample by interpolation, and halve the channels in the convolution before;
+            else by transposed convolutions that do both.
+        norm_layer: "batch", "instance" or "group" norm, a class, or None for no norm (and
+            convolutions with a bias).
+        act_layer: the activation, a name or a class. nnU-Net (Isensee et al., 2021) has
+            ``norm_layer="instance", act_layer="leaky_relu"``.
+        residual: every double convolution is a residual block.
+        padded: convolutions keep the size, and the output has the size of the image; else they are
+            valid, as in the paper, and so is the crop of the skip connections.
+        drop_rate: of the dropout at the end of the contracting path (section 3.1 of the paper).
+
+    Raises:
+        ValueError: an unknown norm or activation; fewer than two widths; residual blocks of valid
+            convolutions.
+
+    Shape: (N, in_chans, H, W) to (N, num_classes, H, W); valid convolutions return
+        ``output_size(H)`` rows and so many columns.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 2,
+        in_chans: int = 3,
+        widths: Sequence[int] = WIDTHS,
+        bilinear: bool = False,
+        norm_layer: NormLayer = "batch",
+        act_layer: ActLayer = "relu",
+        residual: bool = False,
+        padded: bool = True,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if len(widths) < 2:
+            raise ValueError(f"widths must be two numbers or more, but got {widths}")
+        if residual and not padded:
+            raise ValueError("residual=True needs padded=True: a valid convolution is smaller")
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.padded = padded
+        self.levels = len(widths) - 1
+        layers = Layers(2, norm_layer, act_layer)
+        options = {"residual": residual, "padding": int(padded)}
+        factor = 2 if bilinear else 1
+        channels = [*widths[:-1], widths[-1] // factor]  # where two resolutions meet
+        self.inc = DoubleConv(in_chans, widths[0], widths[0], layers, **options)
+        self.downs = [f"down{i}" for i in range(1, len(widths))]
+        for name, wide, wider in zip(self.downs, channels, channels[1:], strict=False):
+            self.add_module(name, Down(wide, wider, wider, layers=layers, **options))
+        self.drop = nn.Dropout(drop_rate)
+        self.ups = [f"up{i}" for i in range(1, len(widths))]
+        below = channels[-1]
+        for name, wide in zip(self.ups, reversed(widths[:-1]), strict=True):
+            up = layers.upsample() if bilinear else layers.up_conv(below, wide)
+            joined = wide + (below if bilinear else wide)
+            wide_out = wide // factor if name != self.ups[-1] else wide
+            mid = joined // 2 if bilinear else wide_out
+            conv = DoubleConv(joined, mid, wide_out, layers, **options)
+            self.add_module(name, Up(up, conv, padded))
+            below = wide_out
+        self.outc = OutConv(below, num_classes, layers)
+        initialise(self, mode="fan_in")  # section 3 of the paper
+        self.least_size = next(n for n in itertools.count(1) if self.output_size(n) > 0)
+
+    @property
+    def margin(self) -> int:
+        """What :func:`resops.models.overlap_tile` adds on each side of a tile: what the output
+        depends on, and so much more that every max-pooling meets even sizes."""
+        return 6 * 2**self.levels - (0 if self.padded else 2)
+
+    def output_size(self, size: int) -> int:
+        """Rows or columns of the output for so many of the image; 0 where that is too small."""
+        if self.padded:
+            return size if size >> self.levels else 0
+        for _ in range(self.levels):
+            size = max(size - 4, 0) // 2
+        size -= 4
+        for _ in range(self.levels):
+            size = 2 * max(size, 0) - 4
+        return max(size, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) to the logits, (N, num_classes, H, W) or smaller."""
+        check_image(x, self.in_chans, 2, self.least_size)
+        x = self.inc(x)
+        skips = [x]
+        for name in self.downs:
+            x = getattr(self, name)(x)
+            skips.append(x)
+        x = self.drop(skips.pop())
+        for name in self.ups:
+            x = getattr(self, name)(x, skips.pop())
+        return self.outc(x)
+
+
+@register_model
+def unet(num_classes: int = 2, in_chans: int = 3, **kwargs: Any) -> UNet:
+    """The padded U-Net with batch norm. ``kwargs`` are those of :class:`UNet`."""
+    return UNet(num_classes, in_chans, **kwargs)
+
+
+@register_model
+def residual_unet(num_classes: int = 2, in_chans: int = 3, **kwargs: Any) -> UNet:
+    """The padded U-Net of residual blocks. ``kwargs`` are those of :class:`UNet`."""
+    return UNet(num_classes, in_chans, residual=True, **kwargs)
+
+
+@register_model
+def unet_valid(num_classes: int = 2, in_chans: int = 1, **kwargs: Any) -> UNet:
+    """The U-Net of the paper: valid convolutions with a bias, no norm, dropout of one half at the
+    end of the contracting path. ``kwargs`` are those of :class:`UNet`."""
+    options: dict[str, Any] = {"norm_layer": None, "padded": False, "drop_rate": 0.5}
+    return UNet(num_classes, in_chans, **{**options, **kwargs})
