@@ -86,8 +86,9 @@ def measure(
         calls["inference"] = {k: inference(m, images, dtype) for k, m in timed.items()}
     for direction, providers in calls.items():
         with timing.threads(threads):
-            options = {"device": images.device, "min_rounds": 3, "warmup": 1}
-            found = timing.alternate(providers, budget_s=seconds, **options)
+            found = timing.alternate(
+                providers, budget_s=seconds, device=images.device, min_rounds=3, warmup=1
+            )
         row[f"{direction} ms"] = {k: round(found.milliseconds(k).median, 1) for k in providers}
         row[f"{direction} ratio"] = {
             k: round(found.ratio(k, RESOPS).median, 3) for k in providers if k != RESOPS

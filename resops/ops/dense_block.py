@@ -269,7 +269,7 @@ def dense_block(
     )
     settings = tuple((part.training, part.momentum, part.eps) for part in parts)
     call = Call(inner, drop_rate, accumulate_in_float32, settings, transition is not None)
-    tensors = [t for part in parts for t in part[:NORM_TENSORS]]
+    tensors: list[Any] = [t for part in parts for t in part[:NORM_TENSORS]]
     if wants_gradient(x, *tensors):
         # A compiled backward pass has no second derivative.
         twice = x.requires_grad and not torch.compiler.is_compiling()

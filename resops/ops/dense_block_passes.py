@@ -38,7 +38,7 @@ class Call(NamedTuple):
     inner: block.Call  # of the convolutions, and of the norm between the two of a layer
     drop_rate: float
     accumulate_in_float32: bool
-    settings: tuple[tuple[bool, float, float], ...]  # of each NormConv
+    settings: tuple[tuple[Any, ...], ...]  # of each NormConv: training, momentum, eps
     transition: bool  # the last of them
 
     def parts(self, tensors: Sequence[Any]) -> tuple[list[DenseLayer], NormConv | None]:
