@@ -104,6 +104,9 @@ def refusal(norm: nn.Module) -> tuple[Reason, str] | None:
         drop = norm._modules.get("drop")
         if type(drop) is not nn.Identity:
             return Reason.DROPOUT_BETWEEN, f"{type(drop).__name__} in {cls}"
+        act = norm._modules.get("act")
+        if act is None or not is_plain(act):
+            return Reason.HOOKS, f"{type(act).__name__} in {cls}"
     for name, t in [*norm._parameters.items(), *norm._buffers.items()]:
         if t is None or name == "num_batches_tracked":
             continue

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import group_norm
 
 from .. import functional
+from .._autograd import traced_to_aten
 from ..ops.batch_norm import batch_norm_statistics
 from ..reference.activation import activate
 from .batch_norm import NormAct
@@ -45,6 +46,9 @@ def instance_normalize(
             negative_slope,
         )
         return y.squeeze(0)
+    if traced_to_aten():
+        y = norm._apply_instance_norm(x)
+        return activate(y if residual is None else y + residual, activation, negative_slope)
     running = (norm.running_mean, norm.running_var)
     if norm.track_running_stats and not norm.training:
         return functional.batch_norm_act(

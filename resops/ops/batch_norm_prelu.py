@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import _dispatch
 from .._autograd import is_plain_call
 from ..reference import batch_norm as reference
+from ..reference.activation import activate
 from .batch_norm import batch_norm, check_tensor, phases_of
 from .sync_batch_norm import sync_batch_norm
 
@@ -119,7 +120,7 @@ def _differentiable_backward(
     inputs = (x, weight, bias, slope)
     needed = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
     found = iter(
-        torch.autograd.grad(F.prelu(z, slope.to(z.dtype)), needed, grad_y, create_graph=True)
+        torch.autograd.grad(activate(z, "prelu", slope), needed, grad_y, create_graph=True)
     )
     return tuple(
         next(found) if need else None for _, need in zip(inputs, ctx.needs_input_grad, strict=False)
@@ -178,4 +179,4 @@ def batch_norm_prelu(
         z = sync_batch_norm(
             x, *statistics, weight, bias, momentum, eps, **epilogue, process_group=group
         )
-    return z if one_op else F.prelu(z, slope.to(z.dtype).reshape(1))
+    return z if one_op else activate(z, "prelu", slope)
