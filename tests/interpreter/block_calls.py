@@ -87,10 +87,12 @@ def relu_and_its_mask() -> None:
 
 
 def compiled(op: str) -> None:
-    """Two steps as one graph through Inductor; running statistics go on from step to step."""
+    """Two steps as one graph, of a bottleneck through Inductor; running statistics go on from step
+    to step."""
     args = tiny_block(op, projection=op == "bottleneck")
     copied = fresh(args)
-    function = torch.compile(OPS[op], fullgraph=True)
+    backend = "inductor" if op == "bottleneck" else "aot_eager"
+    function = torch.compile(OPS[op], fullgraph=True, backend=backend)
     for _ in range(2):
         with fused_by_triton() as calls:
             mine = results(function, args, activation="silu")
