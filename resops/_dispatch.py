@@ -43,6 +43,7 @@ _KERNELS: dict[str, dict[str, frozenset[str]]] = {
     "native": {
         "batch_norm": _native_devices(),
         "batch_norm_act_max_pool": _native_devices(),
+        "dense_block": frozenset({"cpu"}),
         "residual_add": _native_devices(),
         "conv_bn_act": _native_devices(),
     },

@@ -12,18 +12,25 @@ from .ops.batch_norm import batch_norm as _batch_norm
 from .ops.batch_norm_act_max_pool import batch_norm_act_max_pool as _batch_norm_act_max_pool
 from .ops.bottleneck import bottleneck as _bottleneck
 from .ops.conv_bn_act import conv_bn_act as _conv_bn_act
+from .ops.dense_block import dense_block as _dense_block
+from .ops.dense_block import transition as _transition
 from .ops.residual_add import residual_add as _residual_add
 from .ops.sync_batch_norm import sync_batch_norm as _sync_batch_norm
 from .reference.conv_norm import ConvNorm
+from .reference.dense_block import DenseLayer, NormConv
 
 __all__ = [
     "ConvNorm",
+    "DenseLayer",
+    "NormConv",
     "basic_block",
     "batch_norm_act",
     "batch_norm_act_max_pool",
     "bottleneck",
     "conv_bn_act",
+    "dense_block",
     "residual_add",
+    "transition",
 ]
 
 
@@ -391,3 +398,73 @@ def basic_block(
         negative_slope=negative_slope,
         recompute=recompute,
     )
+
+
+def dense_block(
+    input: Tensor,
+    layers: Sequence[DenseLayer],
+    transition: NormConv | None = None,
+    *,
+    drop_rate: float = 0.0,
+    accumulate_in_float32: bool = False,
+) -> Tensor:
+    """A dense block, and the transition behind it, as one op on one buffer.
+
+    Each layer is ``conv2(relu(norm2(conv1(relu(norm1(features))))))`` of all features so far, the
+    input and the outputs of the layers before it (Huang, Liu, van der Maaten and Weinberger,
+    "Densely Connected Convolutional Networks", 2017, section 3). Equal to the layers one after the
+    other with concatenations between them; first and second derivatives are those of autograd.
+
+    Nothing is concatenated: all channels are in one buffer, each with its statistics computed once
+    for all norms that read it. Saved for the backward pass are the buffer, the raw output of each
+    ``conv1``, and statistics; the gradient of a channel is made once, from one sum over all norms
+    that read it (docs/math/dense_block.md).
+
+    Norms of one block of which only some train, or with differing ``eps``, are computed layer by
+    layer; ``resops.ops.dense_block.fallback_reason`` says so.
+
+    Args:
+        input: (N, C, H, W), float32, bfloat16, float16 or float64; any strides.
+        layers: :class:`DenseLayer` of two :class:`NormConv`, a batch norm, a ReLU and a convolution
+            without bias of stride 1, odd kernel and a padding that keeps the image's size: 1x1 and
+            3x3 in DenseNet-B.
+        transition: a batch norm, a ReLU and a 1x1 convolution, behind which images are averaged
+            over 2x2; None to return all features.
+        drop_rate: of dropout on the output of each layer; 0 for none, as in evaluation.
+        accumulate_in_float32: keep the sum over norms in float32 where ``input`` has 16 bits.
+
+    Returns:
+        channels-last: (N, C + all new channels, H, W), or what the transition makes of it.
+
+    Raises:
+        TypeError: an argument that is none of these types.
+        ValueError: no layer and no transition; a drop_rate that is no probability; what
+            :func:`batch_norm_act` refuses.
+        RuntimeError: an argument whose size, dtype or device does not fit.
+        NotImplementedError: an integer or complex input.
+        BackendError: a backend chosen by name that cannot do this call.
+    """
+    return _dense_block(
+        input,
+        layers,
+        transition,
+        drop_rate=drop_rate,
+        accumulate_in_float32=accumulate_in_float32,
+    )
+
+
+def transition(input: Tensor, norm_conv: NormConv) -> Tensor:
+    """What is between two dense blocks: batch norm, ReLU, 1x1 convolution, average pool 2x2.
+
+    The pool comes first, which gives the same with a quarter of the multiplications. Saved for the
+    backward pass are the input and statistics. A block with its transition behind it is better
+    given to :func:`dense_block` as a whole, which has the statistics already.
+
+    Args:
+        input: (N, C, H, W), as :func:`dense_block` takes it.
+        norm_conv: tensors and settings.
+
+    Returns:
+        (N, channels of the convolution, H // 2, W // 2), channels-last.
+    """
+    return _transition(input, norm_conv)

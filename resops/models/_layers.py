@@ -2,58 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from ..nn.batch_norm import (
-    BatchNormAct2d,
-    BatchNormAct3d,
-    NormAct,
-    create_activation,
-    fused_activation,
-    is_plain,
-)
-from ..nn.instance_norm import GroupNormAct, InstanceNormAct2d, InstanceNormAct3d
+from ..nn import norm_layers
+from ..nn.norm_layers import ActLayer, NormThenAct, create_norm_act
 
-NormLayer = Callable[..., nn.Module] | str | None
-ActLayer = Callable[..., nn.Module] | str | None
-
-
-def _group_norm(channels: int, **kwargs: object) -> GroupNormAct:
-    """32 groups, as in the paper, or as many as divide the channels."""
-    return GroupNormAct(channels, math.gcd(32, channels), **kwargs)  # type: ignore[arg-type]
-
-
-_NORMS: dict[str, dict[int, Callable[..., nn.Module]]] = {
-    "batch": {2: BatchNormAct2d, 3: BatchNormAct3d},
-    "instance": {2: InstanceNormAct2d, 3: InstanceNormAct3d},
-    "group": {2: _group_norm, 3: _group_norm},
-}
-
-
-class NormThenAct(nn.Module):
-    """act( norm(x) [+ residual] ) of any norm, or of none, one op after the other."""
-
-    def __init__(self, norm: nn.Module | None, act_layer: ActLayer) -> None:
-        super().__init__()
-        self.norm = nn.Identity() if norm is None else norm
-        # Some norm may need its own output for the backward pass; a convolution does not.
-        self.act = create_activation(act_layer, None, inplace=norm is None)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y: Tensor = self.norm(x)
-        if residual is None:
-            return self.act(y)
-        fused = fused_activation(self.act) if is_plain(self.act) else None
-        if fused is None:
-            return self.act(y + residual)
-        return functional.residual_add(y, residual, activation=fused[0], negative_slope=fused[1])
+NormLayer = norm_layers.NormLayer | None
 
 
 class Layers(NamedTuple):
@@ -61,10 +19,7 @@ class Layers(NamedTuple):
 
     Attributes:
         dimensions: 2 or 3.
-        norm_layer: "batch", "instance", "group" (of 32 groups, or as many as divide the channels);
-            a class or function that makes a norm of so many channels; None for no norm. One of
-            resops.nn takes the activation into its op, and keeps the keys of torch's norm; any
-            other is followed by the activation, and its keys are those of a child ``norm``.
+        norm_layer: see :func:`resops.nn.create_norm_act`; None for no norm.
         act_layer: a class or a name, as in :class:`resops.nn.BatchNormAct2d`; None for none.
     """
 
@@ -79,19 +34,9 @@ class Layers(NamedTuple):
             ValueError: an unknown name of a norm or of an activation.
         """
         act_layer = self.act_layer if apply_act else None
-        layer = self.norm_layer
-        if layer is None:
+        if self.norm_layer is None:
             return NormThenAct(None, act_layer)
-        if isinstance(layer, str):
-            if layer not in _NORMS:
-                raise ValueError(
-                    f"norm_layer must be None, a class or one of {', '.join(_NORMS)}, "
-                    f"but got {layer!r}"
-                )
-            layer = _NORMS[layer][self.dimensions]
-        elif not _is_norm_act(layer):
-            return NormThenAct(layer(channels), act_layer)
-        return layer(channels, act_layer=act_layer)
+        return create_norm_act(self.norm_layer, channels, act_layer, dimensions=self.dimensions)
 
     def conv(
         self,
@@ -121,12 +66,6 @@ class Layers(NamedTuple):
         """Twice the size, corners onto corners."""
         mode = "bilinear" if self.dimensions == 2 else "trilinear"
         return nn.Upsample(scale_factor=2, mode=mode, align_corners=True)
-
-
-def _is_norm_act(layer: Callable[..., nn.Module]) -> bool:
-    while isinstance(layer, functools.partial):
-        layer = layer.func
-    return isinstance(layer, type) and issubclass(layer, NormAct)
 
 
 def check_image(x: Tensor, in_chans: int, dimensions: int, least: int) -> None:

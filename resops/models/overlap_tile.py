@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -76,16 +76,20 @@ def overlap_tile(
         if out.shape != (*y.shape[:2], *spatial):
             expected = (*y.shape[:2], *spatial)
             raise ValueError(f"out must be of size {expected}, but got {tuple(out.shape)}")
-        place = tuple(slice(s, s + t) for s, t in zip(start, tile, strict=True))
-        target = out[(slice(None), slice(None), *place)]
-        target.copy_(y[(slice(None), slice(None), *(slice(n) for n in target.shape[2:]))])
+        target = out[_place(start, (s + t for s, t in zip(start, tile, strict=True)))]
+        target.copy_(y[_place((0,) * len(spatial), target.shape[2:])])
     assert out is not None
     return out
 
 
+def _place(begins: Iterable[int], ends: Iterable[int]) -> tuple[slice, ...]:
+    """An index of these positions in every sample and channel."""
+    return slice(None), slice(None), *(slice(*pair) for pair in zip(begins, ends, strict=True))
+
+
 def _middle(y: Tensor, block: Sequence[int], tile: Sequence[int], margin: int) -> Tensor:
     """The tile in the output of the network for a block around it."""
-    place = [slice(None), slice(None)]
+    begins: list[int] = []
     for output, size, wanted in zip(y.shape[2:], block, tile, strict=True):
         before = margin - (size - output) // 2
         if (size - output) % 2 or before < 0 or before + wanted > output:
@@ -93,8 +97,8 @@ def _middle(y: Tensor, block: Sequence[int], tile: Sequence[int], margin: int) -
                 f"of a tile of {wanted} with a margin of {margin} the network returns {output}: "
                 "take a larger margin, or a tile_size that is a multiple of its stride"
             )
-        place.append(slice(before, before + wanted))
-    return y[tuple(place)]
+        begins.append(before)
+    return y[_place(begins, (begin + n for begin, n in zip(begins, tile, strict=True)))]
 
 
 def mirrored_block(image: Tensor, bounds: Sequence[tuple[int, int]]) -> Tensor:

@@ -28,8 +28,12 @@ WIDTHS = (64, 128, 256, 512, 1024)
 class ConvNormActs(nn.Sequential):
     """Pairs of a convolution and its norm with activation, one after the other."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``residual`` is added before the last activation."""
+    def forward(self, x: Tensor | Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
+        """``residual`` is added before the last activation.
+
+        Args:
+            x: one tensor, or several side by side along the channels.
+        """
         modules = list(self._modules.values())
         pairs = list(zip(modules[::2], modules[1::2], strict=True))
         for conv, norm in pairs[:-1]:
@@ -69,9 +73,11 @@ class DoubleConv(nn.Module):
             projection = layers.conv(in_channels, out_channels, 1)
             self.shortcut = ConvNormActs(projection, layers.norm(out_channels, apply_act=False))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         if not self.residual:
             return self.double_conv(x)
+        if not isinstance(x, Tensor):  # two convolutions, or an addition, need it whole
+            x = torch.cat(list(x), 1)
         return self.double_conv(x, x if self.shortcut is None else self.shortcut(x))
 
 
@@ -88,7 +94,10 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Twice the size, concatenation with the contracting path, then a double convolution.
+    """Twice the size, beside the contracting path's channels, then a double convolution.
+
+    The first convolution gets the two as slices: in training its kernel reads each where it is, if
+    it can, and the concatenation is neither made nor kept for the backward pass.
 
     Args:
         up: makes it twice as large.
@@ -108,7 +117,7 @@ class Up(nn.Module):
             x = fit(x, skip.shape[2:])
         else:
             skip = fit(skip, x.shape[2:])
-        return self.conv(torch.cat((skip, x), 1))
+        return self.conv((skip, x))
 
 
 class OutConv(nn.Module):

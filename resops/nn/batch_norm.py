@@ -37,6 +37,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 def create_activation(
     layer: Callable[..., nn.Module] | str | None, kwargs: Mapping[str, Any] | None, inplace: bool
 ) -> nn.Module:
+    """The activation of ``act_layer`` and ``act_kwargs``, see :class:`BatchNormAct2d`."""
     if isinstance(layer, str):
         if layer and layer not in _ACTIVATIONS:
             raise ValueError(

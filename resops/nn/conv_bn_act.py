@@ -27,7 +27,10 @@ _PAIRS: dict[type[nn.Module], type[BatchNormAct]] = {
 
 
 def conv_norm_act(
-    conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None = None
+    conv: nn.Module,
+    norm: nn.Module,
+    x: Tensor | Sequence[Tensor],
+    residual: Tensor | None = None,
 ) -> Tensor:
     """``norm(conv(x), residual)``, as one convolution where that gives the same.
 
@@ -40,32 +43,39 @@ def conv_norm_act(
     Args:
         conv: its output goes to ``norm`` and nowhere else.
         norm: any layer; one that is called with a residual takes it as its second argument.
-        x: (N, C_in, *spatial).
+        x: (N, C_in, *spatial); or several such, side by side along the channels, which are not
+            concatenated in training where the convolution's kernels take slices.
         residual: like the output; added before the activation.
 
     Returns:
         (N, C, *spatial of the output).
     """
     if not norm.training and may_fuse(conv, norm):
+        x = _joined(x)
         assert isinstance(norm, BatchNormAct)
         activation, negative_slope, rest = norm.epilogue()
         if len(rest) < 2:
             y = folded_conv(conv, norm, norm, x, residual, activation, negative_slope)
             if y is not None:
                 return rest[0](y) if rest else y
-    y = _convolve(conv, x)
+    y = convolve(conv, x)
     normalised: Tensor = norm(y) if residual is None else norm(y, residual)
     return normalised
 
 
-def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
+def _joined(x: Tensor | Sequence[Tensor]) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.cat(list(x), 1)
+
+
+def convolve(conv: nn.Module, x: Tensor | Sequence[Tensor]) -> Tensor:
     """``conv(x)``; of an nn.Conv2d itself, without hooks, by the faster convolution."""
     if type(conv) is not nn.Conv2d or not is_plain(conv) or conv.padding_mode != "zeros":
-        y: Tensor = conv(x)
+        y: Tensor = conv(_joined(x))
         return y
-    return ops.convolution(
-        x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
-    )
+    settings = conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    if isinstance(x, Tensor):
+        return ops.convolution(x, *settings)
+    return ops.convolution_of_slices(x, *settings)
 
 
 def may_fuse(conv: nn.Module, norm: nn.Module) -> bool:
@@ -314,8 +324,8 @@ class Conv2dNormActivation(_ConvNormActivation):
         in_channels, out_channels, kernel_size, stride, groups, dilation: of the convolution.
         padding: None for ``(kernel_size - 1) // 2 * dilation``.
         norm_layer: BatchNormAct2d, InstanceNormAct2d, GroupNormAct, a subclass or a
-            ``functools.partial`` of one, which gets ``act_layer=activation_layer``; any other norm, which is followed by the activation as a
-            child of its own; None for no norm.
+            ``functools.partial`` of one, which gets ``act_layer=activation_layer``; any other norm,
+            which is followed by the activation as a child of its own; None for no norm.
         activation_layer: class of the activation; None for none.
         inplace: of an activation that is not fused; None for one that has no such argument.
         bias: of the convolution; None for one only where there is no norm.

@@ -193,3 +193,14 @@ class GroupNormAct(NormAct, nn.GroupNorm):
         self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
     ) -> Tensor:
         return group_normalize(self, x, residual, activation, negative_slope)
+
+
+class GroupNorm1Act(GroupNormAct):
+    """:class:`GroupNormAct` of one group: layer norm of a sample's whole feature map.
+
+    Ba, Kiros and Hinton, "Layer Normalization", 2016, in the form of Wu and He, 2018, Eq. 4; with
+    timm's name.
+    """
+
+    def __init__(self, num_channels: int, **kwargs: Any) -> None:
+        super().__init__(num_channels, 1, **kwargs)

@@ -7,6 +7,7 @@ the input and gradient of the weight each take the algorithm that was measured t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ _LEAST_CHANNELS = 16
 
 
 class ConvolutionFunction(torch.autograd.Function):
-    """y = conv(x) + bias; x and the weight are kept for the backward pass."""
+    """y = conv(x) + bias; x and the weight are kept for the backward pass.
+
+    ``more`` are further channels of x, which are side by side for the kernels only.
+    """
 
     @staticmethod
     def forward(
@@ -34,44 +38,54 @@ class ConvolutionFunction(torch.autograd.Function):
         bias: Tensor | None,
         stride: tuple[int, ...],
         padding: tuple[int, ...],
+        *more: Tensor,
     ) -> Tensor:
         y: Tensor = torch.ops.resops.conv_bn_act_forward(
-            [x], *_PLAIN, weight, bias, None, "identity", 0.0, stride, padding, (1, 1), False
+            [x, *more], *_PLAIN, weight, bias, None, "identity", 0.0, stride, padding, (1, 1), False
         )[0]
         return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, *geometry = inputs
+        x, weight, _, stride, padding, *more = inputs
+        slices = [x, *more]
+        of_x, of_weight, *_ = ctx.needs_input_grad
+        of_x = of_x or any(ctx.needs_input_grad[5:])
+        kept = slices if of_weight else []
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
-        )
-        ctx.sizes = x.shape, weight.shape
-        ctx.geometry = (*geometry, (1, 1))
+        ctx.save_for_backward(weight if of_x else None, *kept)
+        ctx.channels = [t.size(1) for t in slices]
+        ctx.sizes = (x.size(0), sum(ctx.channels), *x.shape[2:]), weight.shape
+        ctx.geometry = (stride, padding, (1, 1))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
-            return (None,) * 5
-        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-        x, weight = ctx.saved_tensors
+            return (None,) * len(ctx.needs_input_grad)
+        _, need_weight, need_bias, *_ = ctx.needs_input_grad
+        weight, *slices = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiable_backward(ctx, grad_y, x, weight), None, None
-        input_size, weight_size = ctx.sizes
-        ops, geometry = torch.ops.resops, ctx.geometry
-        grad_x = grad_weight = grad_bias = None
-        if need_x:
-            grad_x = ops.conv_bn_act_backward_data(
-                grad_y, weight, input_size, None, *_PLAIN, None, None, None, *geometry
-            )[0]
-        if need_weight:
-            grad_weight = ops.conv_bn_act_backward_weight(
-                grad_y, [x], *_PLAIN, weight_size, *geometry
-            )
-        if need_bias:
-            grad_bias = grad_y.sum((0, 2, 3))
-        return grad_x, grad_weight, grad_bias, None, None
+            x = torch.cat(slices, 1) if len(slices) > 1 else slices[0] if slices else None
+            grad_x, grad_weight, grad_bias = _differentiable_backward(ctx, grad_y, x, weight)
+        else:
+            input_size, weight_size = ctx.sizes
+            ops, geometry = torch.ops.resops, ctx.geometry
+            grad_x = grad_weight = grad_bias = None
+            if weight is not None:
+                grad_x = ops.conv_bn_act_backward_data(
+                    grad_y, weight, input_size, None, *_PLAIN, None, None, None, *geometry
+                )[0]
+            if need_weight:
+                grad_weight = ops.conv_bn_act_backward_weight(
+                    grad_y, slices, *_PLAIN, weight_size, *geometry
+                )
+            if need_bias:
+                grad_bias = grad_y.sum((0, 2, 3))
+        if len(ctx.channels) == 1:
+            return grad_x, grad_weight, grad_bias, None, None
+        none = [None] * len(ctx.channels)
+        first, *more = none if grad_x is None else grad_x.split(ctx.channels, 1)
+        return first, grad_weight, grad_bias, None, None, *more
 
 
 def _differentiable_backward(
@@ -88,7 +102,7 @@ def _differentiable_backward(
         False,
         (0, 0),
         1,
-        list(ctx.needs_input_grad[:3]),
+        [weight is not None, *ctx.needs_input_grad[1:3]],
     )
 
 
@@ -103,8 +117,14 @@ def native_geometry(
     padding: Size | str,
     dilation: Size,
     groups: int,
+    channels: int | None = None,
 ) -> Geometry | str:
-    """Of a call that the native convolution takes; else why it does not."""
+    """Of a call that the native convolution takes; else why it does not.
+
+    Args:
+        channels: of the input, where ``x`` has some of them only.
+    """
+    channels = x.size(1) if channels is None and x.dim() == 4 else channels
     plain = type(x) in PLAIN_TENSORS and type(weight) in PLAIN_TENSORS
     if not plain or x.device.type != "cpu" or x.dtype != torch.float32:
         return "only plain float32 tensors on a CPU have native convolutions"
@@ -115,7 +135,7 @@ def native_geometry(
         return f"the backend {_dispatch.get_backend()!r} was chosen"
     if (refused := _dispatch.refusal("native", "conv_bn_act", x)) is not None:
         return refused
-    if x.dim() != 4 or weight.dim() != 4 or groups != 1 or x.size(1) != weight.size(1):
+    if x.dim() != 4 or weight.dim() != 4 or groups != 1 or channels != weight.size(1):
         return "only 2-D convolutions of one group have native kernels"
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         return "the tensors have several dtypes"
@@ -178,6 +198,54 @@ def convolution(
     return y
 
 
+def convolution_of_slices(
+    slices: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+) -> Tensor:
+    """:func:`convolution` of tensors side by side along the channels.
+
+    Winograd's kernels read each of them where it is; for others they are concatenated.
+    """
+    first, *more = slices
+    native = _slices_geometry(slices, weight, bias, stride, padding, dilation, groups)
+    if native is None:
+        x = torch.cat(list(slices), 1)
+        return convolution(x, weight, bias, stride, padding, dilation, groups)
+    y: Tensor = apply_function(ConvolutionFunction, first, weight, bias, *native, *more)
+    return y
+
+
+def _slices_geometry(
+    slices: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+) -> Geometry | None:
+    """Of a call that Winograd's kernels take; None where there are none, or a compiler decides."""
+    first = slices[0]
+    alike = all(
+        type(x) in PLAIN_TENSORS
+        and (x.dtype, x.device, x.dim()) == (first.dtype, first.device, first.dim())
+        for x in slices
+    )
+    if torch.compiler.is_compiling() or not alike or first.dim() != 4:
+        return None
+    channels = sum(x.size(1) for x in slices)
+    native = native_geometry(first, weight, bias, stride, padding, dilation, groups, channels)
+    if isinstance(native, str):
+        return None
+    path, _ = _path_of(first, channels, weight, native, "forward")
+    return native if path == "winograd" else None
+
+
 def convolution_path(
     x: Tensor,
     weight: Tensor,
@@ -200,9 +268,16 @@ def convolution_path(
     native = native_geometry(x, weight, bias, stride, padding, dilation, groups)
     if isinstance(native, str):
         return "library", native
+    return _path_of(x, x.size(1), weight, native, direction)
+
+
+def _path_of(
+    x: Tensor, channels: int, weight: Tensor, geometry: Geometry, direction: str
+) -> tuple[str, str]:
+    """What computes a phase of a native convolution of so many channels, and why."""
     assert _native.module is not None
-    steps, pads = (list(size) for size in native)
-    sizes = list(x.shape), list(weight.shape)
+    steps, pads = (list(size) for size in geometry)
+    sizes = [x.size(0), channels, *x.shape[2:]], list(weight.shape)
     path: tuple[str, str] = _native.module.conv_path(
         direction,
         str(x.dtype).removeprefix("torch."),

@@ -57,7 +57,7 @@ def check_arguments(
 def _check_layer(where: str, size: tuple[int, ...], x: Tensor, layer: ConvNorm) -> tuple[int, ...]:
     """The size of the output of a layer for an input of the given size."""
     try:
-        output = _check_convolution(size, x, layer)
+        output = check_convolution(size, x, layer)
         # A tensor of the output's size without memory: of it the size, dtype and device matter.
         c = x.new_empty(1).expand(output)
         check_norm(
@@ -77,7 +77,7 @@ def _check_layer(where: str, size: tuple[int, ...], x: Tensor, layer: ConvNorm) 
     return output
 
 
-def _check_convolution(size: tuple[int, ...], x: Tensor, layer: ConvNorm) -> tuple[int, ...]:
+def check_convolution(size: tuple[int, ...], x: Tensor, layer: ConvNorm) -> tuple[int, ...]:
     weight, bias = layer.conv_weight, layer.conv_bias
     n = len(size) - 2
     if weight.dim() != n + 2:

@@ -75,7 +75,7 @@ class Normalised(NamedTuple):
 # ---- forward ------------------------------------------------------------------------------------
 
 
-def _convolve(input: Input, layer: Layer, call: Call, statistics: bool) -> Any:
+def convolve(input: Input, layer: Layer, call: Call, statistics: bool) -> Any:
     """The raw output of the layer's convolution, and its statistics where those cost nothing."""
     conv = (layer.conv_weight, layer.conv_bias, layer.geometry)
     return phases.forward(input, *conv, call.backend, call.convolutions, statistics)
@@ -91,7 +91,7 @@ def _update_running_statistics(layer: Layer, mean: Tensor, var: Tensor, count: i
         running.data.copy_(updated)  # .data: as in torch the version counter is not bumped
 
 
-def _statistics(
+def statistics_of(
     layer: Layer, c: Tensor, known: tuple[Tensor, Tensor] | None, call: Call
 ) -> Normalised:
     """Mean and invstd of the norm without its output; the running statistics are updated.
@@ -111,7 +111,7 @@ def _statistics(
     return Normalised(c, mean, torch.rsqrt(var + layer.eps))
 
 
-def _normalise(
+def normalise(
     layer: Layer,
     c: Tensor,
     known: tuple[Tensor, Tensor] | None,
@@ -123,7 +123,7 @@ def _normalise(
     ops = phases.NAMESPACES[call.backend]
     affine, act = (layer.weight, layer.bias), (activation, call.negative_slope)
     if known is not None:
-        found = _statistics(layer, c, known, call)
+        found = statistics_of(layer, c, known, call)
         y, mask = ops.batch_norm_apply(c, residual, *affine, found.mean, found.invstd, *act)
         return found, y, mask
     running = (layer.running_mean, layer.running_var)
@@ -132,14 +132,14 @@ def _normalise(
     return Normalised(c, mean, invstd), y, mask
 
 
-def _is_normalised_on_load(c: Tensor, layer: Layer, call: Call) -> bool:
+def is_normalised_on_load(c: Tensor, layer: Layer, call: Call) -> bool:
     """Whether the convolution of ``layer`` takes the norm of ``c`` as its prologue."""
     how = (call.backend, call.convolutions)
     chosen = phases.choose("forward", *how, c, layer.conv_weight, layer.geometry, True)
     return chosen == phases.FUSED
 
 
-def _as_input(layer: Layer, found: Normalised, call: Call, value: Tensor | None = None) -> Input:
+def as_input(layer: Layer, found: Normalised, call: Call, value: Tensor | None = None) -> Input:
     """What the convolution after ``layer`` takes."""
     statistics = (found.mean, found.invstd)
     norm = Norm(layer.weight, layer.bias, *statistics, call.activation, call.negative_slope)
@@ -154,19 +154,19 @@ def forward(
     results = []
     input = Input(x)
     for layer, following in itertools.pairwise(chain):
-        c, known = _convolve(input, layer, call, layer.training)
-        if _is_normalised_on_load(c, following, call):
-            found, value = _statistics(layer, c, known, call), None
+        c, known = convolve(input, layer, call, layer.training)
+        if is_normalised_on_load(c, following, call):
+            found, value = statistics_of(layer, c, known, call), None
         else:
-            found, value, _ = _normalise(layer, c, known, None, call.activation, call)
+            found, value, _ = normalise(layer, c, known, None, call.activation, call)
         results.append(found)
-        input = _as_input(layer, found, call, value)
+        input = as_input(layer, found, call, value)
     residual, projected = x, None
     if shortcut is not None:
-        c, known = _convolve(Input(x), shortcut, call, shortcut.training)
-        projected, residual, _ = _normalise(shortcut, c, known, None, "identity", call)
-    c, known = _convolve(input, chain[-1], call, chain[-1].training)
-    joined, y, mask = _normalise(chain[-1], c, known, residual, call.activation, call)
+        c, known = convolve(Input(x), shortcut, call, shortcut.training)
+        projected, residual, _ = normalise(shortcut, c, known, None, "identity", call)
+    c, known = convolve(input, chain[-1], call, chain[-1].training)
+    joined, y, mask = normalise(chain[-1], c, known, residual, call.activation, call)
     results.append(joined)
     if projected is not None:
         results.append(projected)
@@ -174,6 +174,35 @@ def forward(
 
 
 # ---- backward -----------------------------------------------------------------------------------
+
+
+def norm_after_sums(
+    layer: Layer,
+    found: Normalised,
+    g: Tensor,
+    sums: tuple[Tensor, Tensor],
+    needed: tuple[bool, bool],
+    backend: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of c, weight and bias of a norm behind whose activation a kernel went already.
+
+    Args:
+        g: gradient before the activation.
+        sums: sum(g) and sum(g * xhat) per channel.
+        needed: whether weight and bias have a gradient.
+    """
+    means: tuple[Tensor | None, ...] = (None, None)
+    if layer.training:
+        means = tuple(total / phases.count_of(g) for total in sums)
+    affine = (layer.weight, layer.bias, found.mean, found.invstd)
+    grad_c: Tensor = phases.NAMESPACES[backend].batch_norm_backward_apply(
+        g, found.c, None, None, *affine, *means, "identity", 0.0, True, False
+    )[0]
+    grad_weight, grad_bias = (
+        total.to(parameter.dtype) if need and parameter is not None else None
+        for parameter, total, need in zip(affine[:2], reversed(sums), needed, strict=True)
+    )
+    return grad_c, grad_weight, grad_bias
 
 
 class Gradients:
@@ -195,7 +224,7 @@ class Gradients:
         self.grad_x: Tensor | None = None
         self.grads: list[Tensor | None] = [None] * len(tensors)
         pairs = zip(self.chain[:-1], found, strict=False)
-        self.inputs = [Input(x), *(_as_input(layer, result, call) for layer, result in pairs)]
+        self.inputs = [Input(x), *(as_input(layer, result, call) for layer, result in pairs)]
 
     def _needed(self, layer: int) -> tuple[bool, bool, bool, bool]:
         """Whether conv_weight, conv_bias, weight and bias of a layer have a gradient."""
@@ -248,21 +277,12 @@ class Gradients:
 
     def _norm_after_sums(self, index: int, g: Tensor, sums: tuple[Tensor, Tensor]) -> Tensor:
         """The same where the convolution's kernel went through the activation and left the sums."""
-        layer, found = self.chain[index], self.found[index]
         needed = self._needed(index)[2:]
-        means: tuple[Tensor | None, ...] = (None, None)
-        if layer.training:
-            means = tuple(total / phases.count_of(g) for total in sums)
-        affine = (layer.weight, layer.bias, found.mean, found.invstd)
-        grad_c: Tensor = self.ops.batch_norm_backward_apply(
-            g, found.c, None, None, *affine, *means, "identity", 0.0, True, False
-        )[0]
-        for name, parameter, total, need in (
-            ("weight", layer.weight, sums[1], needed[0]),
-            ("bias", layer.bias, sums[0], needed[1]),
-        ):
-            if need and parameter is not None:
-                self._keep(index, **{name: total.to(parameter.dtype)})
+        found = self.found[index]
+        grad_c, weight, bias = norm_after_sums(
+            self.chain[index], found, g, sums, needed, self.call.backend
+        )
+        self._keep(index, weight=weight, bias=bias)
         return grad_c
 
     def _weight(self, index: int, layer: Layer, input: Input, grad_c: Tensor) -> None:
@@ -280,7 +300,7 @@ class Gradients:
 
     def _computed_again(self, index: int, layer: Layer, input: Input) -> None:
         if self.found[index].c is None:
-            c, _ = _convolve(input, layer, self.call, False)
+            c, _ = convolve(input, layer, self.call, False)
             self.found[index] = self.found[index]._replace(c=c)
 
     def _residual(self) -> Tensor | None:
@@ -343,7 +363,7 @@ class Gradients:
         return self._data(layer, input, grad_c, None)[0] if self.needs_x else None
 
 
-def _differentiable_norm(
+def differentiable_norm(
     c: Tensor,
     layer: Layer,
     found: Normalised,
@@ -351,6 +371,7 @@ def _differentiable_norm(
     activation: str,
     slope: float,
 ) -> Tensor:
+    """act( norm(c) [+ residual] ) in operations that autograd can follow."""
     mean, invstd = found.mean, found.invstd
     if layer.training:
         mean, var = norm_formulas.batch_norm_statistics(c)
@@ -381,7 +402,7 @@ def backward_formulas(
             layer: Layer, t: Tensor, result: Normalised, residual: Tensor | None, *act: Any
         ) -> Tensor:
             c = convolution(t, layer.conv_weight, layer.conv_bias, *layer.geometry)
-            return _differentiable_norm(c, layer, result, residual, *act)
+            return differentiable_norm(c, layer, result, residual, *act)
 
         y = residual = views[0]
         if shortcut is not None:

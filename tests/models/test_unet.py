@@ -35,7 +35,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "instance": {"norm_layer": "instance"},
     "group": {"norm_layer": "group"},
     "no norm": {"norm_layer": None},
-    "torch's own norm": {"norm_layer": nn.BatchNorm2d},
+    "no fused norm": {"norm_layer": lambda channels: nn.LocalResponseNorm(3)},
     "valid": {"norm_layer": None, "padded": False},
 }
 
@@ -183,9 +183,7 @@ def test_wrong_arguments() -> None:
         small()(torch.randn(1, 3, 16, 16))
     with pytest.raises(ValueError, match=r"\(N, C, H, W\), but got 2x16x16"):
         small()(torch.randn(2, 16, 16))
-    with pytest.raises(
-        ValueError, match=r"norm_layer must be None, a class or one of batch, .*'bn'"
-    ):
+    with pytest.raises(ValueError, match=r"norm_layer must be one of batch, .*'bn'"):
         small(norm_layer="bn")
     with pytest.raises(ValueError, match="act_layer must be a module class or one of relu"):
         small(act_layer="rectified")
@@ -215,12 +213,10 @@ def test_what_has_no_fused_form_runs_after_the_op() -> None:
     with counted_calls() as calls:
         model(x.double())
     assert calls["aten::mish"] + calls["aten::mish_"] == calls["batch_norm_forward"] == 10
-    model = small(norm_layer=nn.BatchNorm2d)
+    model = small(**FORMS["no fused norm"])
     with counted_calls() as calls:
         model(x)
-    assert calls["batch_norm_forward"] == 0 and calls["aten::native_batch_norm"] == 10
-    keys = {key for key in model.state_dict() if key.startswith("inc.double_conv.1")}
-    assert "inc.double_conv.1.norm.running_mean" in keys
+    assert calls["batch_norm_forward"] == 0 and calls["aten::relu"] == 10
 
 
 def test_evaluation_is_folded() -> None:

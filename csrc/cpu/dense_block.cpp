@@ -1,0 +1,229 @@
+// The phases of dense_block on the CPU: cuts the pixels into pieces and runs the kernels on torch's
+// threads. How they are cut depends on sizes alone, and sums are merged in the order of the pieces:
+// the bits are the same for any number of threads.
+
+#include "../dense_block.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "../common/tensor_checks.h"
+#include "batch_norm.h"
+#include "dense_block_kernels.h"
+#include "driver.h"
+
+namespace resops {
+namespace {
+
+using at::Tensor;
+
+constexpr auto kFormat = at::MemoryFormat::ChannelsLast;
+constexpr int64_t kPieceRows = 128;
+constexpr int64_t kMaxPieces = 256;  // of a reduction, whose partial sums have to be kept
+constexpr int64_t kPadding = 32;     // values behind a vector that a kernel may read
+
+const DenseBlockKernels& kernels(const DenseBlockArgs& args) {
+  return RESOPS_KERNELS_FOR(dense_block_kernels, args.dtype);
+}
+
+int64_t rows_of(const Tensor& t) { return t.size(0) * t.size(2) * t.size(3); }
+
+// Vectors of channels in the accumulation type.
+class Vectors {
+ public:
+  explicit Vectors(const Tensor& x) : is_double_(x.scalar_type() == at::kDouble) {}
+
+  const void* add(const std::vector<double>& values) {
+    const size_t size = values.size() + kPadding, bytes = is_double_ ? 8 : 4;
+    buffers_.emplace_back(new char[size * bytes]());
+    char* const out = buffers_.back().get();
+    for (size_t i = 0; i < values.size(); ++i) {
+      if (is_double_) {
+        reinterpret_cast<double*>(out)[i] = kernel_value<double>(values[i]);
+      } else {
+        reinterpret_cast<float*>(out)[i] = kernel_value<float>(values[i]);
+      }
+    }
+    return out;
+  }
+
+ private:
+  bool is_double_;
+  std::vector<std::unique_ptr<char[]>> buffers_;
+};
+
+// `t` itself where it is dense in channels-last, else a copy that is written back at the end.
+class Written {
+ public:
+  explicit Written(const Tensor& t) : target_(t), dense_(t.contiguous(kFormat)) {}
+  void* data() const { return dense_.mutable_data_ptr(); }
+  void finish() const {
+    if (!dense_.is_same(target_)) target_.copy_(dense_);
+  }
+
+ private:
+  Tensor target_, dense_;
+};
+
+// The norm of a consumer, whose scale is made as apply and accumulate both need it.
+struct Norm {
+  Norm(const Tensor& buffer_, const OptionalTensor& weight, const OptionalTensor& bias,
+       const Tensor& mean, const Tensor& invstd)
+      : buffer(buffer_.contiguous(kFormat)),
+        vectors(buffer),
+        inverse(to_vector(invstd)),
+        gamma(channel_values(weight, mean.numel(), 1)),
+        scale(gamma) {
+    for (size_t c = 0; c < scale.size(); ++c) scale[c] *= inverse[c];
+    args.dtype = kernel_dtype(buffer);
+    args.channels = mean.numel();
+    args.x = buffer.const_data_ptr();
+    args.x_stride = buffer.size(1);
+    args.mean = vectors.add(to_vector(mean));
+    args.scale = vectors.add(scale);
+    args.bias = vectors.add(channel_values(bias, args.channels, 0));
+  }
+
+  Tensor buffer;
+  Vectors vectors;
+  std::vector<double> inverse, gamma, scale;
+  DenseBlockArgs args{};
+};
+
+// f(begin, end) for pieces of `rows` rows of `channels` values.
+template <class F>
+void for_pieces(int64_t rows, int64_t channels, F f) {
+  const int64_t piece = std::max(kPieceElements / std::max<int64_t>(channels, 1), int64_t{1});
+  at::parallel_for(0, ceil_div(rows, piece), 1, [&](int64_t begin, int64_t end) {
+    f(begin * piece, std::min(end * piece, rows));
+  });
+}
+
+void dense_block_apply(const Tensor& buffer, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const Tensor& mean, const Tensor& invstd,
+                       const Tensor& y) {
+  check_dense_block_norm(buffer, weight, bias, mean, invstd);
+  check_dense_block_slice("y", y, mean.numel(), buffer);
+  if (y.numel() == 0) return;
+  Norm norm(buffer, weight, bias, mean, invstd);
+  const Written out(y);
+  norm.args.out = out.data();
+  const DenseBlockKernels& k = kernels(norm.args);
+  for_pieces(rows_of(y), norm.args.channels,
+             [&](int64_t begin, int64_t end) { k.apply(norm.args, begin, end); });
+  out.finish();
+}
+
+std::tuple<Tensor, Tensor> dense_block_accumulate(const Tensor& grad_y, const Tensor& buffer,
+                                                  const OptionalTensor& weight,
+                                                  const OptionalTensor& bias, const Tensor& mean,
+                                                  const Tensor& invstd, const Tensor& grad_sum,
+                                                  bool training, bool first) {
+  check_dense_block_norm(buffer, weight, bias, mean, invstd);
+  const int64_t channels = mean.numel();
+  check_dense_block_slice("grad_y", grad_y, channels, buffer);
+  check_dense_block_sum(grad_sum, channels, buffer);
+  std::vector<double> sum(channels), product(channels);
+  if (grad_y.numel() > 0) {
+    Norm norm(buffer, weight, bias, mean, invstd);
+    const Tensor grad = grad_y.contiguous(kFormat);
+    const Written total(grad_sum);
+    norm.args.grad_y = grad.const_data_ptr();
+    norm.args.grad_y_stride = channels;
+    norm.args.grad_sum = total.data();
+    norm.args.grad_sum_stride = grad_sum.size(1);
+    norm.args.wide_sum = grad_sum.scalar_type() != buffer.scalar_type();
+    norm.args.first = first;
+    norm.args.factor = norm.vectors.add(training ? norm.gamma : norm.scale);
+    const int64_t rows = rows_of(grad);
+    const int64_t most =
+        std::max({kPieceElements / channels, kPieceRows, ceil_div(rows, kMaxPieces)});
+    const int64_t pieces = ceil_div(rows, most), piece = ceil_div(rows, pieces);
+    std::vector<double> sums(pieces * channels), products(pieces * channels);
+    const DenseBlockKernels& k = kernels(norm.args);
+    at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        k.accumulate(norm.args, i * piece, std::min((i + 1) * piece, rows), &sums[i * channels],
+                     &products[i * channels]);
+      }
+    });
+    total.finish();
+    for (int64_t i = 0; i < pieces; ++i) {
+      for (int64_t c = 0; c < channels; ++c) {
+        sum[c] += sums[i * channels + c];
+        product[c] += products[i * channels + c] * norm.inverse[c];
+      }
+    }
+  }
+  Tensor sum_grad = at::empty({channels}, mean.options());
+  Tensor sum_grad_xhat = at::empty({channels}, mean.options());
+  write_vector(sum_grad, sum);
+  write_vector(sum_grad_xhat, product);
+  return {sum_grad, sum_grad_xhat};
+}
+
+Tensor dense_block_gradient(const OptionalTensor& grad_y, const Tensor& buffer_,
+                            const OptionalTensor& grad_sum, const OptionalTensor& mean,
+                            const OptionalTensor& invstd, const OptionalTensor& mean_grad,
+                            const OptionalTensor& mean_grad_xhat, int64_t begin, int64_t end) {
+  check_dense_block_gradient(grad_y, buffer_, grad_sum, mean, invstd, mean_grad, mean_grad_xhat,
+                             begin, end);
+  const int64_t channels = end - begin;
+  Tensor out = at::empty({buffer_.size(0), channels, buffer_.size(2), buffer_.size(3)},
+                         buffer_.options().memory_format(kFormat));
+  if (out.numel() == 0) return out;
+  const Tensor buffer = buffer_.contiguous(kFormat);
+  const auto from = [begin](const Tensor& t) {
+    return static_cast<char*>(const_cast<void*>(t.const_data_ptr())) + begin * t.element_size();
+  };
+  DenseBlockArgs args{};
+  args.dtype = kernel_dtype(buffer);
+  args.channels = channels;
+  args.x = from(buffer);
+  args.x_stride = buffer.size(1);
+  args.out = out.mutable_data_ptr();
+  Tensor outside, inside;
+  Vectors vectors(buffer);
+  if (grad_y) {
+    outside = grad_y->contiguous(kFormat);
+    args.grad_y = from(outside);
+    args.grad_y_stride = outside.size(1);
+  }
+  if (grad_sum) {
+    inside = grad_sum->contiguous(kFormat);
+    args.grad_sum = from(inside);
+    args.grad_sum_stride = inside.size(1);
+    args.wide_sum = inside.scalar_type() != buffer.scalar_type();
+    const std::vector<double> scale = channel_values(invstd, channels, 1);
+    args.sum_scale = vectors.add(scale);
+    if (mean) {
+      std::vector<double> slope = to_vector(*mean_grad_xhat), offset = to_vector(*mean_grad);
+      for (int64_t c = 0; c < channels; ++c) {
+        slope[c] *= -scale[c] * scale[c];
+        offset[c] *= -scale[c];
+      }
+      args.mean = vectors.add(to_vector(*mean));
+      args.sum_slope = vectors.add(slope);
+      args.sum_offset = vectors.add(offset);
+    }
+  }
+  const DenseBlockKernels& k = kernels(args);
+  for_pieces(rows_of(out), channels,
+             [&](int64_t first, int64_t last) { k.gradient(args, first, last); });
+  return out;
+}
+
+}  // namespace
+}  // namespace resops
+
+TORCH_LIBRARY_IMPL(resops, CPU, m) {
+  m.impl("dense_block_apply", &resops::dense_block_apply);
+  m.impl("dense_block_accumulate", &resops::dense_block_accumulate);
+  m.impl("dense_block_gradient", &resops::dense_block_gradient);
+}

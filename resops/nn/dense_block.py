@@ -1,0 +1,75 @@
+"""A dense block of modules as one op, where that gives the same as module after module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import functional
+from ..functional import DenseLayer, NormConv
+from .batch_norm import BatchNormAct2d, is_plain, next_statistics
+from .conv_bn_act import may_fuse
+
+Pair = tuple[nn.Module, nn.Module]
+
+
+def dense_block(
+    layers: Sequence[tuple[Pair, Pair]],
+    transition: tuple[nn.Module, nn.Module, nn.Module] | None,
+    x: Tensor,
+    *,
+    drop_rate: float = 0.0,
+) -> Tensor | None:
+    """The block, and the transition behind it, by :func:`resops.functional.dense_block`.
+
+    Args:
+        layers: of each, a norm with a ReLU and a 1x1 convolution, and the same with a 3x3.
+        transition: a norm with a ReLU, a 1x1 convolution and an average pool 2x2.
+        x: (N, C, H, W).
+        drop_rate: see the op.
+
+    Returns:
+        see the op; None where the modules have to be called one by one: one that is a subclass, has
+        hooks or parametrizations, another activation, or a convolution that is not of the op.
+    """
+    pairs = [pair for layer in layers for pair in layer]
+    if transition is not None:
+        *last, pool = transition
+        if not _is_average_of_four(pool):
+            return None
+        pairs.append((last[0], last[1]))
+    if x.dim() != 4 or not all(_may_fuse(norm, conv) for norm, conv in pairs):
+        return None
+    made = [_norm_conv(norm, conv) for norm, conv in pairs]
+    end = made.pop() if transition is not None else None
+    dense = [DenseLayer(*made[i : i + 2]) for i in range(0, len(made), 2)]
+    return functional.dense_block(x, dense, end, drop_rate=drop_rate)
+
+
+def _is_average_of_four(pool: nn.Module) -> bool:
+    if type(pool) is not nn.AvgPool2d or not is_plain(pool):
+        return False
+    settings = (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.divisor_override)
+    return settings == (2, 2, 0, False, None)
+
+
+def _may_fuse(norm: nn.Module, conv: nn.Module) -> bool:
+    """Whether these are exactly a norm with a ReLU and a convolution that the op has."""
+    if type(norm) is not BatchNormAct2d or not may_fuse(conv, norm):
+        return False
+    if norm.epilogue() != ("relu", 0.0, ()):
+        return False
+    assert isinstance(conv, nn.Conv2d)
+    padding = tuple(size // 2 for size in conv.kernel_size)
+    odd = all(size % 2 for size in conv.kernel_size)
+    settings = (conv.stride, conv.padding, conv.dilation, conv.groups, conv.bias)
+    return odd and settings == ((1, 1), padding, (1, 1), 1, None)
+
+
+def _norm_conv(norm: Any, conv: Any) -> NormConv:
+    """Tensors and settings of the two modules; a batch is counted."""
+    running_mean, running_var, training, momentum = next_statistics(norm)
+    affine = (norm.weight, norm.bias)
+    return NormConv(running_mean, running_var, *affine, conv.weight, training, momentum, norm.eps)
