@@ -127,7 +127,7 @@ class EarlyStopping:
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, epoch: int, epochs: int, peak: float, warmup: int = 0
 ) -> None:
-    """Linear warm-up, then the half of a cosine. It depends on the epoch and nothing else, so that a
+    """Linear warm-up, then half of a cosine. It depends on the epoch and nothing else, so that a
     run may be resumed with another number of epochs."""
     decay = 0.5 * (1 + math.cos(math.pi * max(epoch - warmup, 0) / max(epochs - warmup, 1)))
     for group in optimizer.param_groups:
