@@ -130,11 +130,10 @@ def crops(
     for _ in range(steps):
         pairs = []
         for _ in range(batch):
-            place = (draw(len(images)), slice(None))
-            for extent in images.shape[2:]:
-                start = draw(max(extent - size, 0) + 1)
-                place += (slice(start, start + size),)
-            pair = torch.stack((images[place], membrane[place]))
+            number = draw(len(images))
+            top, left = (draw(max(extent - size, 0) + 1) for extent in images.shape[2:])
+            place = slice(None), slice(top, top + size), slice(left, left + size)
+            pair = torch.stack((images[number][place], membrane[number][place]))
             pairs.append(pair.flip([dim for dim in (2, 3) if draw(2)]))
         x, target = torch.stack(pairs, 1)
         yield x.contiguous(memory_format=torch.channels_last), target
@@ -151,7 +150,8 @@ def train(
 ) -> Curve:
     """Adam on the cross entropy of membrane against the rest."""
     curve = Curve()
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    # A larger eps than the usual 1e-8: Adam would blow up gradients that are 0 but for rounding.
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, eps=1e-6)
     model.train()
     for x, target in crops(data.part(test=False), steps, batch, size, seed):
         loss = F.binary_cross_entropy_with_logits(model(x), target)
