@@ -67,7 +67,7 @@ def instance_normalize(
         raise ValueError(
             f"Expected more than 1 spatial element when training, got input size {tuple(x.shape)}"
         )
-    # Every sample updates a copy of its own; torch's too is their mean.
+    # Every sample updates a copy of its own; the running ones are their mean, as in torch.
     running = (norm.running_mean, norm.running_var)
     means, variances = (None if t is None or recomputing() else t.repeat(N) for t in running)
     y = functional.batch_norm_act(
