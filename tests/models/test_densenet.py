@@ -193,10 +193,14 @@ def test_features_only(training: bool) -> None:
         model.double().train(training)
     x = images()
     found = pyramid(x)
-    sizes = [(i["num_chs"], 64 // i["reduction"]) for i in pyramid.feature_info]
+    sizes = [(i.channels, 64 // i.reduction) for i in pyramid.feature_info]
     assert [(t.size(1), t.size(2)) for t in found] == sizes
-    assert [i["reduction"] for i in pyramid.feature_info] == [2, 4, 8, 16, 32]
+    assert [i.reduction for i in pyramid.feature_info] == [2, 4, 8, 16, 32]
     torch.testing.assert_close(found[-1], ours.forward_features(x))
+    two = DenseNet(*SMALL, features_only=True, out_indices=(3, 0)).double().train(training)
+    assert not two.load_state_dict(state, strict=False).missing_keys
+    for y, z in zip(two(x), (found[3], found[0]), strict=True):
+        torch.testing.assert_close(y, z)
 
 
 @pytest.mark.parametrize(
