@@ -48,7 +48,7 @@ def test_equals_its_twin(shortcut: str | None, native: None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts_and_autocast(layout: torch.memory_format, dtype: torch.dtype) -> None:
     model: Any = create_model("resnet20")
-    model.to(memory_format=layout)
+    model = model.to(memory_format=layout)
     x = torch.randn(2, 3, 16, 16).contiguous(memory_format=layout)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         y = model(x)
