@@ -16,6 +16,7 @@ TOP_LEVEL = ("setup.py", "csrc", "resops", "triton_kernels", "tests", "bench", "
 SHARED = {
     "resops/ops": {
         "__init__",
+        "batch_norm_prelu",
         "conv_bn_act_convolution",
         "conv_bn_act_gpu",
         "conv_bn_act_phases",

@@ -46,9 +46,9 @@ _HINTS = {
     Reason.DROPOUT_BETWEEN: "a dropout stands between the norm and the activation; without it, or "
     "after the activation, they can be one op",
     Reason.UNSUPPORTED_NORM: "there is no fused op for this norm with these settings; fused are "
-    "nn.BatchNorm1d to 3d, nn.InstanceNorm1d to 3d without running statistics, nn.GroupNorm and "
-    "timm's BatchNormAct2d",
-    Reason.UNSUPPORTED_ACTIVATION: "fused are ReLU, LeakyReLU, SiLU, GELU (exact) and Identity",
+    "nn.BatchNorm1d to 3d, nn.InstanceNorm1d to 3d, nn.GroupNorm and timm's BatchNormAct2d",
+    Reason.UNSUPPORTED_ACTIVATION: "fused are ReLU, LeakyReLU, PReLU with one slope, SiLU, "
+    "GELU (exact) and Identity",
     Reason.UNSUPPORTED_LAYOUT: "parameters must be strided tensors",
     Reason.UNSUPPORTED_DTYPE: "parameters must be float32, bfloat16, float16 or float64",
     Reason.UNSUPPORTED_DEVICE: "parameters must be on a CPU, a CUDA or the meta device",

@@ -89,20 +89,21 @@ class DenseBlock(nn.ModuleDict):
 
     def as_op(self, x: Tensor, transition: nn.Module | None) -> Tensor | None:
         """The block, and what is behind it, as one op; None where that would not be the same."""
-        layers = list(self.values())
+        layers = [layer for layer in self.values() if type(layer) is DenseLayer]
+        complete = type(self) is DenseBlock and len(layers) == len(self)
         modules = [self, *layers] if transition is None else [self, transition, *layers]
-        kinds = (DenseBlock, Transition, DenseLayer)
-        if not self.memory_efficient or not all(_is_exactly(m, kinds) for m in modules):
+        if not (self.memory_efficient and complete and all(is_plain(m) for m in modules)):
             return None
         rates = {layer.drop_rate if layer.training else 0.0 for layer in layers}
         if len(rates) != 1:
             return None
         last = None
         if transition is not None:
-            children = tuple(transition._modules.values())
-            if len(children) != 3:
+            children = [m for m in transition._modules.values() if m is not None]
+            if type(transition) is not Transition or len(children) != 3:
                 return None
-            last = children
+            norm, conv, pool = children
+            last = (norm, conv, pool)
         pairs = [layer.pairs() for layer in layers]
         return dense_block(pairs, last, x, drop_rate=rates.pop())
 
@@ -115,10 +116,6 @@ class DenseBlock(nn.ModuleDict):
         for layer in self.values():
             features.append(layer(torch.cat(features, 1)))
         return torch.cat(features, 1)
-
-
-def _is_exactly(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    return type(module) in kinds and is_plain(module)
 
 
 class Features(nn.Sequential):

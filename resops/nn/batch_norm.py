@@ -37,7 +37,11 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 def create_activation(
     layer: Callable[..., nn.Module] | str | None, kwargs: Mapping[str, Any] | None, inplace: bool
 ) -> nn.Module:
-    """The activation of ``act_layer`` and ``act_kwargs``, see :class:`BatchNormAct2d`."""
+    """The layer ``act`` for the arguments ``act_layer``, ``act_kwargs`` and ``inplace`` of timm.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if isinstance(layer, str):
         if layer and layer not in _ACTIVATIONS:
             raise ValueError(
@@ -104,7 +108,7 @@ def normalize(
     x: Tensor,
     residual: Tensor | None,
     activation: str,
-    negative_slope: float,
+    negative_slope: float | Tensor,
     process_group: Any = None,
 ) -> Tensor:
     """What ``forward`` of a batch norm of torch does, with a residual and an activation.
