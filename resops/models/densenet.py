@@ -164,8 +164,9 @@ class Features(nn.Sequential):
         for name, module in stem.items():
             if name != "pool0":
                 y = module(y)
-        found = [y] if "pool0" in stem else []
-        y = stem["pool0"](y) if found else y
+        found = [y] if "norm0" in stem else []
+        if "pool0" in stem:
+            y = stem["pool0"](y)
         for module in list(self.children())[len(stem) :]:
             y = module(y)
             if isinstance(module, DenseBlock):
@@ -189,9 +190,8 @@ class DenseNet(Backbone):
             same.
         in_chans: channels of the image.
         small_images: no pool and no stride in the stem, for images of 32x32 (section 4.2).
-        features_only, out_indices: return the features at each resolution in place of logits: 0
-            for the stem's, where it halves the resolution, then the blocks', the last one's behind
-            its norm; None for all.
+        features_only, out_indices: return the outputs of the stem's norm, of the blocks and, for
+            the last block, of the last norm in place of logits.
 
     Raises:
         ValueError: an index without feature map.
@@ -240,10 +240,11 @@ class DenseNet(Backbone):
             self.keep_features(out_indices)
 
     def _add(self, name: str, module: nn.Module, channels: int = 0, reduction: int = 0) -> None:
-        """A part of ``features``; with channels, one of which features are returned."""
+        """A part of ``features``; with channels, one whose output is a feature map."""
         self.features.add_module(name, module)
         if channels:
-            self.feature_info += (FeatureMap(f"features.{name}", channels, reduction),)
+            found = FeatureMap(f"features.{name}", channels, reduction)
+            self.feature_info = (*self.feature_info, found)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -259,14 +260,13 @@ class DenseNet(Backbone):
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Features to the logits, (N, num_classes)."""
-        y = F.adaptive_avg_pool2d(x, 1)
-        logits: Tensor = self.classifier(torch.flatten(y, 1))
-        return logits
+        y: Tensor = self.classifier(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return y
 
     def forward_intermediates(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """The maps with these indices of the whole network's ``feature_info``."""
-        maps = self.features.stages(x)
-        return [maps[i] for i in indices]
+        found = self.features.stages(x)
+        return [found[i] for i in indices]
 
 
 @register_model
