@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 import resops
-from bench import timing
+from bench import timing, traffic
 from bench.models.compare import CLASSES, K, inference_copy
 from bench.models.resnet import inference, saved_activations, training_step
 from bench.models.stock_densenet import CONFIGURATIONS, DenseNet
@@ -65,6 +65,10 @@ def check(models: dict[str, nn.Module], images: Tensor, dtype: str) -> None:
         raise AssertionError(f"{dtype}: logits are {ours:.2g} from the truth, stock's {stock:.2g}")
 
 
+def _megabytes(counted: Mapping[str, int], images: Tensor) -> float:
+    return round(sum(counted.values()) / images.size(0) / 1e6, 1)
+
+
 def measure(
     name: str, dtype: str, images: Tensor, seconds: float, parts: tuple[str, ...], threads: int
 ) -> dict[str, object]:
@@ -79,6 +83,14 @@ def measure(
             k: saved_activations(m, images, labels, dtype) for k, m in models.items()
         }
     calls: dict[str, dict[str, Callable[[], object]]] = {}
+    if "traffic" in parts:
+        steps = {k: training_step(m, images, labels, dtype) for k, m in models.items()}
+        counted = {k: traffic.count(step) for k, step in steps.items()}
+        row["MB per image"] = {k: _megabytes(c, images) for k, c in counted.items()}
+        row["MB per image, without convolutions"] = {
+            k: _megabytes({op: n for op, n in c.items() if "conv" not in op}, images)
+            for k, c in counted.items()
+        }
     if "training" in parts:
         calls["training"] = {k: training_step(m, images, labels, dtype) for k, m in models.items()}
     if "inference" in parts:
@@ -101,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", default="densenet121", help=", ".join(CONFIGURATIONS))
     parser.add_argument("--dtypes", default="fp32,bf16")
-    parser.add_argument("--parts", default="saved,training,inference")
+    parser.add_argument("--parts", default="saved,traffic,training,inference")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--threads", type=int, default=1)

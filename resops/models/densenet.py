@@ -10,6 +10,7 @@ seed.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..nn.batch_norm import BatchNormAct2d, is_plain
 from ..nn.batch_norm_act_max_pool import norm_act_max_pool
 from ..nn.conv_bn_act import conv_norm_act, convolve
 from ..nn.dense_block import Pair, dense_block
+from ._features import Backbone, FeatureMap
 from ._registry import register_model
 
 _FORMER_KEY = re.compile(r"(norm|conv)\.([12])\.")
@@ -171,7 +173,7 @@ class Features(nn.Sequential):
         return [*found[:-1], y]
 
 
-class DenseNet(nn.Module):
+class DenseNet(Backbone):
     """The networks of Table 1: a stem, dense blocks with transitions between them, a classifier.
 
     Args:
@@ -187,11 +189,12 @@ class DenseNet(nn.Module):
             same.
         in_chans: channels of the image.
         small_images: no pool and no stride in the stem, for images of 32x32 (section 4.2).
-        features_only: the network returns a list of the features at each resolution, and has no
-            classifier; ``feature_info`` has their channels and reduction.
+        features_only, out_indices: return the features at each resolution in place of logits: 0
+            for the stem's, where it halves the resolution, then the blocks', the last one's behind
+            its norm; None for all.
 
-    Attributes:
-        feature_info: of what ``features_only`` returns: num_chs, reduction and module, as timm's.
+    Raises:
+        ValueError: an index without feature map.
     """
 
     def __init__(
@@ -206,10 +209,11 @@ class DenseNet(nn.Module):
         in_chans: int = 3,
         small_images: bool = False,
         features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.feature_info: list[dict[str, Any]] = []
+        self.feature_info = ()
         self.features = Features()
         channels, reduction = num_init_features, 1
         if small_images:
@@ -230,15 +234,16 @@ class DenseNet(nn.Module):
                 channels, reduction = channels // 2, 2 * reduction
         norm = BatchNormAct2d(channels)
         self._add(f"norm{len(block_config) + 1}", norm, channels, reduction)
-        self.classifier = None if features_only else nn.Linear(channels, num_classes)
+        self.classifier = nn.Linear(channels, num_classes)
         self._initialise()
+        if features_only:
+            self.keep_features(out_indices)
 
     def _add(self, name: str, module: nn.Module, channels: int = 0, reduction: int = 0) -> None:
         """A part of ``features``; with channels, one of which features are returned."""
         self.features.add_module(name, module)
         if channels:
-            info = {"num_chs": channels, "reduction": reduction, "module": f"features.{name}"}
-            self.feature_info.append(info)
+            self.feature_info += (FeatureMap(f"features.{name}", channels, reduction),)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -252,13 +257,16 @@ class DenseNet(nn.Module):
         y: Tensor = self.features(x)
         return y
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(N, in_chans, H, W) to the logits, (N, num_classes); see ``features_only``."""
-        if self.classifier is None:
-            return self.features.stages(x)
-        y = F.adaptive_avg_pool2d(self.forward_features(x), 1)
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Features to the logits, (N, num_classes)."""
+        y = F.adaptive_avg_pool2d(x, 1)
         logits: Tensor = self.classifier(torch.flatten(y, 1))
         return logits
+
+    def forward_intermediates(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The maps with these indices of the whole network's ``feature_info``."""
+        maps = self.features.stages(x)
+        return [maps[i] for i in indices]
 
 
 @register_model

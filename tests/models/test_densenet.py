@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import resops
 from bench.session import channels_last, saved_bytes
 from resops.models import DenseNet, create_model, list_models
-from resops.nn import BatchNormAct2d
 from tests.dispatch import counted_calls
+from tests.models.twins import wild
 from tests.torchvision_ops import torchvision
 
 # One thread: on images this small a second one mostly waits.
@@ -32,15 +32,7 @@ CONSUMERS = 2 + 3 + 2 + 2 + 3  # layers and transitions
 def pair(**kwargs: Any) -> tuple[Any, Any]:
     """A small network of ours and torchvision's, the same state, statistics as after training."""
     torch.manual_seed(3)
-    ours = DenseNet(*SMALL, num_classes=5, **kwargs)
-    with torch.no_grad():
-        for module in ours.modules():
-            if isinstance(module, BatchNormAct2d):
-                assert module.running_mean is not None and module.running_var is not None
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.5, 2)
-                module.weight.uniform_(0.5, 1.2)
-                module.bias.normal_(0, 0.2)
+    ours = wild(DenseNet(*SMALL, num_classes=5, **kwargs))
     theirs = torchvision().models.DenseNet(*SMALL, num_classes=5)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return ours, theirs
@@ -201,10 +193,14 @@ def test_features_only(training: bool) -> None:
         model.double().train(training)
     x = images()
     found = pyramid(x)
-    sizes = [(i["num_chs"], 64 // i["reduction"]) for i in pyramid.feature_info]
+    sizes = [(i.channels, 64 // i.reduction) for i in pyramid.feature_info]
     assert [(t.size(1), t.size(2)) for t in found] == sizes
-    assert [i["reduction"] for i in pyramid.feature_info] == [2, 4, 8, 16, 32]
+    assert [i.reduction for i in pyramid.feature_info] == [2, 4, 8, 16, 32]
     torch.testing.assert_close(found[-1], ours.forward_features(x))
+    two = DenseNet(*SMALL, features_only=True, out_indices=(3, 0)).double().train(training)
+    assert not two.load_state_dict(state, strict=False).missing_keys
+    for y, z in zip(two(x), (found[3], found[0]), strict=True):
+        torch.testing.assert_close(y, z)
 
 
 @pytest.mark.parametrize(

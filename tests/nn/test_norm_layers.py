@@ -60,6 +60,7 @@ def test_bias(shared: bool, dtype: torch.dtype, native: None) -> None:
     with counted_calls() as calls:
         y = layer(x, residual)
     assert calls["batch_norm_forward"] == 1 and y.dtype == dtype
+    assert layer.bias is not None
     bias = layer.bias.detach().double().expand(5).clone().requires_grad_()
     expected = F.relu(x.double() + bias.view(1, 5, 1, 1) + residual.double())
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
