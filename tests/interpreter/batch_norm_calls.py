@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from resops.reference import batch_norm as reference
+from tests.accuracy import assert_rule_R_all
 from tests.interpreter.kernels import guarded_memory, import_kernels
 from tests.interpreter.test_batch_norm import ACTIVATIONS, NAMES
 from tests.ops.batch_norm_oracle import (
@@ -216,6 +217,19 @@ def large_means() -> None:
     check(random_case(x))
 
 
+def gelu_far_below_zero() -> None:
+    """Channels of evaluation all of whose z lie in gelu's tail, where 1 + erf(z) is rounding alone.
+    PyTorch's own gradients are just that, and so no yardstick: rule R without one."""
+    z = torch.linspace(-8, -3, 64).expand(4, 64)
+    x = z + 0.1 * torch.randn(4, 64)
+    zeros, ones = torch.zeros(64), torch.ones(64)
+    vectors = {"weight": ones, "bias": zeros, "running_mean": zeros, "running_var": ones}
+    case = replace(random_case(x, training=False, activation="gelu"), **vectors)
+    ours = run(case)
+    found = {name: ours[name] for name in ("y", "grad_x", "grad_weight", "grad_bias")}
+    assert_rule_R_all(found, {}, case.exact(), x.dtype, case.kappa())
+
+
 def nan_and_infinity() -> None:
     """They stay in their channel, and in their row of it in evaluation."""
     for i, (value, layout) in enumerate(
@@ -361,6 +375,7 @@ CALLS |= {
         constant_channels,
         any_number_of_programs,
         large_means,
+        gelu_far_below_zero,
         nan_and_infinity,
         zero_and_nan_at_relu,
         mask_of_the_definition,

@@ -18,6 +18,7 @@ import resops
 from resops.ops import convolution
 from tests.interpreter.kernels import import_kernels
 from tests.interpreter.test_backend import BLOCKS
+from tests.ops import dense_block_cases
 from tests.ops.residual_block_cases import (
     DEFINITIONS,
     OPS,
@@ -64,14 +65,15 @@ def tiny_block(op: str, projection: bool, dtype: torch.dtype = torch.float32) ->
 
 
 def near_to_float64(op: str, projection: bool) -> None:
-    """Values, gradients and running statistics; no phase is the library's."""
-    for dtype in (torch.float32, torch.float16):
-        args = tiny_block(op, projection, dtype)
-        copied = fresh(args)
-        with fused_by_triton() as calls:
-            mine = results(OPS[op], args, activation="silu")
-        assert_near_to_float64(op, copied, mine)
-        assert calls == dict.fromkeys(PHASES, sum(a is not None for a in args[1:]))
+    """Values, gradients and running statistics, each op and each shortcut in both dtypes; no phase
+    is the library's."""
+    dtype = torch.float32 if projection == (op == "bottleneck") else torch.float16
+    args = tiny_block(op, projection, dtype)
+    copied = fresh(args)
+    with fused_by_triton() as calls:
+        mine = results(OPS[op], args, activation="silu")
+    assert_near_to_float64(op, copied, mine)
+    assert calls == dict.fromkeys(PHASES, sum(a is not None for a in args[1:]))
 
 
 def relu_and_its_mask() -> None:
@@ -86,17 +88,30 @@ def relu_and_its_mask() -> None:
 
 
 def compiled(op: str) -> None:
-    """Three steps as one graph through Inductor; running statistics go on from step to step."""
+    """Two steps as one graph, of a bottleneck through Inductor; running statistics go on from step
+    to step."""
     args = tiny_block(op, projection=op == "bottleneck")
     copied = fresh(args)
-    function = torch.compile(OPS[op], fullgraph=True)
-    for _ in range(3):
+    backend = "inductor" if op == "bottleneck" else "aot_eager"
+    function = torch.compile(OPS[op], fullgraph=True, backend=backend)
+    for _ in range(2):
         with fused_by_triton() as calls:
             mine = results(function, args, activation="silu")
         assert calls == dict.fromkeys(PHASES, sum(a is not None for a in args[1:]))
         its = results(DEFINITIONS[op], copied, "silu", 0.01)
         for name, t in mine.items():
             torch.testing.assert_close(t, its[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+def dense_block() -> None:
+    """A layer and a transition: the definition's phases between Triton's."""
+    args = dense_block_cases.block(torch.float32, layers=1, size=(2, 4, 4))
+    its = dense_block_cases.results(dense_block_cases.definition, dense_block_cases.fresh(args))
+    with fused_by_triton() as calls:
+        mine = dense_block_cases.results(resops.functional.dense_block, args)
+    assert calls == dict.fromkeys(PHASES, 3)  # two convolutions of the layer, and the transition's
+    for name, t in mine.items():
+        torch.testing.assert_close(t, its[name], rtol=1e-3, atol=1e-3, msg=name)
 
 
 CALLS: dict[str, Callable[[], None]] = {
@@ -107,3 +122,4 @@ CALLS: dict[str, Callable[[], None]] = {
 }
 CALLS |= {f"compiled-{op}": functools.partial(compiled, op) for op in OPS}
 CALLS["relu_and_its_mask"] = relu_and_its_mask
+CALLS["dense_block"] = dense_block

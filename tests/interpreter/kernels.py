@@ -45,9 +45,9 @@ def _prepare_the_language_once() -> None:
     """Triton's interpreter puts its own functions in the place of those of triton.language at every
     launch, and again at every call from one function of a kernel to another, each time with a list
     of all that is in the module. The list is always the same, and a function needs what its launch
-    did not do at its first call only. All else was most of the time of these tests."""
+    did not do at its first call only. The rest was three tenths of the time of these tests."""
     language = importlib.import_module("triton.language")
-    interpreter = importlib.import_module("triton.runtime.interpreter")
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
 
     @functools.cache
     def builtins(place: Any) -> list[str]:
@@ -76,7 +76,7 @@ def _prepare_the_language_once() -> None:
 class _Guards(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; True would load torch._dynamo, which takes seconds."""
+        """Nothing is compiled here; True would load torch._dynamo, which takes a second."""
         return False
 
     def __init__(self) -> None:

@@ -17,6 +17,7 @@ NAMES = [
     "constant_channels",
     "any_number_of_programs",
     "large_means",
+    "gelu_far_below_zero",
     "nan_and_infinity",
     "zero_and_nan_at_relu",
     "mask_of_the_definition",

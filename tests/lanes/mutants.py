@@ -366,7 +366,7 @@ MUTANTS = [
     ),
     # ---- max-pool -------------------------------------------------------------------------------
     bug(
-        "last of equal maxima taken",
+        "max-pool: last of equal maxima taken",
         Edit(
             POOL_KERNELS,
             "row[kw] > best || row[kw] != row[kw]",
@@ -375,17 +375,17 @@ MUTANTS = [
         f"{POOL}::test_maxima_and_indices_are_torchs",
     ),
     bug(
-        "NaN is no maximum",
+        "max-pool: NaN is no maximum",
         Edit(SIMD, "(a.r[i] > b.r[i]) | (a.r[i] != a.r[i])", "a.r[i] > b.r[i]"),
         f"{POOL}::test_a_nan_in_the_window_is_the_maximum_through_relu",
     ),
     bug(
-        "padding of max-pool is 0, not -inf",
+        "max-pool: padding is 0, not -inf",
         Edit(POOL_KERNELS, "broadcast(-static_cast<acc>(INFINITY))", "broadcast(acc(0))"),
         f"{POOL}::test_maxima_and_indices_are_torchs",
     ),
     bug(
-        "index counted from the edge of the image",
+        "max-pool: index counted from the edge of the image",
         Edit(
             POOL_KERNELS,
             "static_cast<acc>(kh * kernel_width + kw)",
@@ -394,12 +394,12 @@ MUTANTS = [
         f"{POOL}::test_maxima_and_indices_are_torchs",
     ),
     bug(
-        "gradient of a window one padding too low",
+        "max-pool: gradient of a window one padding too low",
         Edit(POOL_KERNELS, "h + a.padding[0] - oh * a.stride[0]", "h - oh * a.stride[0]"),
         f"{POOL}::test_every_gradient_arrives_once",
     ),
     bug(
-        "last window over a row forgotten",
+        "max-pool: last window over a row forgotten",
         Edit(
             POOL_KERNELS,
             "(h + a.padding[0]) / a.stride[0] + 1",
@@ -408,7 +408,7 @@ MUTANTS = [
         f"{POOL}::test_every_gradient_arrives_once",
     ),
     bug(
-        "means of the gradient over windows, not elements",
+        "max-pool: means of the gradient over windows, not elements",
         Edit(
             POOL_DRIVER,
             "call.x.size(0) * call.args.height * call.args.width",
@@ -417,7 +417,7 @@ MUTANTS = [
         f"{POOL}::test_many_bands_and_blocks",
     ),
     bug(
-        "training formula under frozen statistics, in max-pool",
+        "max-pool: training formula under frozen statistics",
         Edit(POOL_DRIVER, "training ? &sums : nullptr", "&sums"),
         f"{POOL}::test_rule_R",
     ),

@@ -37,6 +37,11 @@ MUTANTS: list[Mutant] = [
         Edit(ACTIVATION, "tl.where(blocked, g * slope, g)", "tl.where(blocked, 0.0, g)"),
         interpreted("residual_add", "rule_R-plain-leaky_relu"),
     ),
+    bug(
+        "Triton: tail of gelu cancelled",
+        Edit(ACTIVATION, "z > -3", "z < 99"),
+        batch_norm("gelu_far_below_zero"),
+    ),
     # ---- batch_norm -----------------------------------------------------------------------------
     bug(
         "Triton: mask of batch_norm set at 0",

@@ -96,12 +96,17 @@ def test_fused(norm: nn.Module, conv: nn.Module, size: tuple[int, ...], pattern:
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
-def test_running_statistics(momentum: Any) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["layer", "fuse"])
+def test_running_statistics(fused: bool, momentum: Any) -> None:
     """They are updated in training and used in evaluation, as torch's are."""
     kwargs = {"affine": True, "track_running_stats": True, "momentum": momentum}
     plain = nn.Sequential(nn.InstanceNorm2d(3, **kwargs), nn.SiLU()).double()
-    model = resops.fuse(copy.deepcopy(plain))
-    assert len(resops.fuse_report(model).fused) == 1
+    if fused:
+        model = resops.fuse(copy.deepcopy(plain))
+        assert len(resops.fuse_report(model).fused) == 1
+    else:
+        model = nn.Sequential(InstanceNormAct2d(3, act_layer="silu", **kwargs)).double()
+        model.load_state_dict(plain.state_dict(), strict=True)
     for training in (True, True, False):
         model.train(training), plain.train(training)
         x = torch.randn(4, 3, 5, 6, dtype=torch.float64) + 2
@@ -115,7 +120,7 @@ def test_running_statistics(momentum: Any) -> None:
 
 LAYERS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
     "instance 2d": (InstanceNormAct2d(4, affine=True), nn.InstanceNorm2d(4, affine=True), (4, 5)),
-    "instance 3d": (InstanceNormAct3d(4, affine=False), nn.InstanceNorm3d(4), (3, 4, 2)),
+    "instance 3d": (InstanceNormAct3d(4), nn.InstanceNorm3d(4), (3, 4, 2)),
     "group 2d": (GroupNormAct(4, 2), nn.GroupNorm(2, 4), (4, 5)),
     "group 3d": (GroupNormAct(4, group_size=4), nn.GroupNorm(1, 4), (3, 4, 2)),
 }
@@ -162,5 +167,5 @@ def test_layers_are_one_op_already() -> None:
 
 
 def test_group_size() -> None:
-    with pytest.raises(ValueError, match="must divide num_channels, but got 4 and 6"):
+    with pytest.raises(ValueError, match="divisible by group_size, but got 6 and 4"):
         GroupNormAct(6, group_size=4)

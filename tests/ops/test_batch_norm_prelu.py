@@ -27,12 +27,14 @@ def parameters(affine: bool = True, slope: float = 0.25) -> dict[str, Any]:
     }
 
 
-def statistics() -> list[Tensor]:
-    return [torch.full((4,), 0.2).double(), torch.full((4,), 1.5).double()]
+def statistics() -> tuple[Tensor, Tensor]:
+    return torch.full((4,), 0.2).double(), torch.full((4,), 1.5).double()
 
 
-def composed(x: Tensor, running: list[Tensor], training: bool, p: dict[str, Any]) -> Tensor:
-    z = F.batch_norm(x, running[0], running[1], p["weight"], p["bias"], training, 0.1, 1e-5)
+def composed(
+    x: Tensor, running: tuple[Tensor, Tensor], training: bool, p: dict[str, Any]
+) -> Tensor:
+    z = F.batch_norm(x, *running, p["weight"], p["bias"], training, 0.1, 1e-5)
     return F.prelu(z, p["negative_slope"])
 
 
@@ -46,7 +48,7 @@ def test_equals_torch(training: bool, affine: bool, slope: float, native: None) 
     leaves = [t.requires_grad_() for t in (x, *p.values()) if t is not None]
     ours, theirs = statistics(), statistics()
     with counted_calls() as calls:
-        y = batch_norm_act(x, ours[0], ours[1], training=training, activation="prelu", **p)
+        y = batch_norm_act(x, *ours, training=training, activation="prelu", **p)
         grads = torch.autograd.grad(y, leaves, grad)
     assert calls["batch_norm_forward"] == calls["batch_norm_backward"] == 1
     assert not [name for name in calls if "prelu" in name]
@@ -66,9 +68,8 @@ def test_derivatives(training: bool) -> None:
     p = {k: v.requires_grad_() for k, v in p.items()}
 
     def function(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor) -> Tensor:
-        mean, var = statistics()
         return batch_norm_act(
-            x, mean, var, weight, bias, training, activation="prelu", negative_slope=slope
+            x, *statistics(), weight, bias, training, activation="prelu", negative_slope=slope
         )
 
     assert torch.autograd.gradcheck(function, (x, *p.values()))

@@ -27,8 +27,6 @@ LANES = ("plain", "address", "thread")
 
 _COMMON = [
     "-std=c++20",
-    "-g1",
-    "-fno-omit-frame-pointer",
     "-fno-strict-aliasing",  # kernels reinterpret memory as vectors, as CUDA allows
     "-ffp-contract=off",
     "-ftrivial-auto-var-init=pattern",  # a register that nobody wrote is no zero
@@ -39,15 +37,20 @@ _COMMON = [
     f"-I{ROOT / 'csrc' / 'cuda'}",
     f"-I{FOLDER}",
 ]
-_ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSIMT_ASAN"]
+_TRACES = ["-g1", "-fno-omit-frame-pointer"]  # where a sanitizer's report is from
+_ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSIMT_ASAN", *_TRACES]
 _KERNEL = {
     "plain": ["-O1"],
     "address": ["-O1", *_ADDRESS],
-    "thread": ["-O1", "-fsanitize=thread", "-DSIMT_TSAN"],
+    "thread": ["-O1", "-fsanitize=thread", "-DSIMT_TSAN", *_TRACES],
 }
 # ThreadSanitizer must not see the emulator itself. -O2 also inlines its small functions: the linker
 # could otherwise take them from an instrumented file.
-_ENGINE = {"plain": ["-O2"], "address": ["-O1", *_ADDRESS], "thread": ["-O2", "-DSIMT_TSAN"]}
+_ENGINE = {
+    "plain": ["-O2"],
+    "address": ["-O1", *_ADDRESS],
+    "thread": ["-O2", "-DSIMT_TSAN", *_TRACES],
+}
 _LINK = {"plain": [], "address": _ADDRESS, "thread": ["-fsanitize=thread"]}
 _ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0",  # a kernel that was stopped frees nothing
@@ -81,12 +84,12 @@ def missing(lane: str) -> str | None:
 def build(program: Path, *others: Path, lane: str = "plain", flags: Sequence[str] = ()) -> Path:
     """The program, linked with the emulator and other sources. Returns the path of the binary.
 
-    .cu files are compiled as C++. ``flags`` are added for every file. Raises ``RuntimeError`` with
-    the compiler's output.
+    .cu files are compiled as C++. ``flags`` are added for the emulator. Raises ``RuntimeError``
+    with the compiler's output.
     """
     engine = [FOLDER / "simt.cpp", FOLDER / "limits.cpp"]
     jobs = [(source, [*_ENGINE[lane], *flags]) for source in engine]
-    jobs += [(source, [*_KERNEL[lane], *flags]) for source in (program, *others)]
+    jobs += [(source, _KERNEL[lane]) for source in (program, *others)]
     objects = compile_objects(jobs, lane)
     key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:8]
     binary = BUILD / lane / f"{program.stem}-{key}"
