@@ -48,7 +48,7 @@ bench: build
 	@$(PYTHON) -m bench $(BENCH_ARGS)
 
 test: build
-	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(PYTEST_ARGS)
 
 build: $(STAMPS)/installed
 

@@ -22,6 +22,7 @@ KINDS = {
     "main": "checks, ResNet-18 and -50, every BatchNorm of ResNet-50, digits (the default)",
     "ops": "every BatchNorm shape and residual_add; --full: all shapes beyond the caches too",
     "models": "training step and inference of ResNets; --full: all five, more batch sizes",
+    "fuse": "resops.fuse on models of torchvision, timm and MONAI; host time of a call",
     "compare": "the checks alone: twins on real images, layers, training on digits",
     "roofline": "the memory bandwidth of this machine",
     "show": "print the newest results, or those of the file given",

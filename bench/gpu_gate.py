@@ -237,15 +237,29 @@ JOBS: dict[str, tuple[Stage, ...]] = {
             lambda gpu: [python("-m", "bench.ops.conv_bn_act_gpu")],
         ),
     ),
-    "models": tuple(
+    "models": (
+        *(
+            Stage(
+                f"batch {batch}",
+                f"training step and inference of ResNets at batch {batch}, bf16 and fp16",
+                500,
+                bench("models", "--batch", str(batch), "--dtypes", "bf16,fp16"),
+                _NATIVE,
+            )
+            for batch in (32, 256)
+        ),
         Stage(
-            f"batch {batch}",
-            f"training step and inference of ResNets at batch {batch}, bf16 and fp16",
+            "densenet121",
+            "training step and inference of DenseNet-121 at batch 128, bf16 and fp16; its blocks "
+            "have no kernels of their own on a GPU yet",
             500,
-            bench("models", "--batch", str(batch), "--dtypes", "bf16,fp16"),
-            _NATIVE,
-        )
-        for batch in (32, 256)
+            lambda gpu: [
+                python(
+                    *("-m", "bench.models.densenet", "--device", "cuda", "--backend", "native"),
+                    *("--batch", "128", "--dtypes", "bf16,fp16", "--seconds", "60"),
+                )
+            ],
+        ),
     ),
     "compile": (
         Stage(

@@ -90,7 +90,7 @@ class Plan:
         )
 
     @property
-    def load_images(self) -> Callable[[int], tuple[Tensor, Tensor]]:
+    def load_images(self) -> Callable[..., tuple[Tensor, Tensor]]:
         return images.noise_images if self.noise else images.real_images
 
 
@@ -168,6 +168,19 @@ def _residual_add(plan: Plan) -> Part:
     return steps, lambda session: residual_add.run(session, plan.op_batch)
 
 
+def _fuse(plan: Plan) -> list[Part]:
+    from bench.models import fuse  # needs torchvision, timm and MONAI
+    from bench.ops import call_overhead
+
+    return [
+        (2 * len(call_overhead.cases(plan.device)), call_overhead.run),
+        (
+            len(fuse.NETWORKS),
+            lambda session: fuse.run(session, plan.model_batch, plan.load_images),
+        ),
+    ]
+
+
 def _digits(plan: Plan) -> Part:
     seeds, epochs = (1, 4) if plan.quick else (3, 8)
     return seeds, lambda session: digits.run(session, epochs, seeds)
@@ -182,6 +195,8 @@ def parts_of(kind: str, plan: Plan) -> list[Part]:
         names = plan.models or (tuple(CONFIGURATIONS) if plan.full else MAIN_MODELS)
         batches = (2, plan.model_batch, 4 * plan.model_batch) if plan.full else (plan.model_batch,)
         return _models(plan, names, batches)
+    if kind == "fuse":
+        return _fuse(plan)
     if kind == "compare":
         return [_models(plan, MAIN_MODELS, ())[0], _digits(plan)]
     if kind == "roofline":

@@ -50,11 +50,24 @@ def _timing_rows(rows: Sequence[Row], suite: str) -> list[Row]:
     return [row for row in rows if row["suite"] == suite and row["metric"] == "time"]
 
 
-def models_table(rows: Sequence[Row]) -> Table:
-    table = [["model", "threads", "eager ms", "resops ms", "eager / resops"]]
-    for row in _timing_rows(rows, "models"):
+def models_table(rows: Sequence[Row], suite: str = "models") -> Table:
+    head = "resops.fuse(model)" if suite == "fuse" else "model"
+    table = [[head, "threads", "eager ms", "resops ms", "eager / resops"]]
+    for row in _timing_rows(rows, suite):
         name = f"{row['case']} {row['direction']} {row['dtype']}, batch {row['batch']}"
         table.append([name, str(row["threads"]), *_times(row)])
+    return table
+
+
+def overhead_table(rows: Sequence[Row]) -> Table:
+    """Host time of a call, which a host that is late adds to every layer."""
+    table = [["host time of a call", "eager us", "resops us", "resops / eager"]]
+    for row in _timing_rows(rows, "overhead"):
+        both = [f"{1e3 * row['providers'][name]['median']:.1f}" for name in ("eager", "resops")]
+        ratio = row["ratio"]
+        share = " ".join(f"{1 / ratio[q]:.2f}" for q in ("median", "p80", "p20"))
+        median, low, high = share.split()
+        table.append([f"{row['case']}, {row['direction']}", *both, f"{median} [{low}, {high}]"])
     return table
 
 
@@ -163,6 +176,8 @@ def sections(results: dict[str, Any]) -> list[Table]:
     tables = [
         checks_table(rows),
         models_table(rows),
+        models_table(rows, "fuse"),
+        overhead_table(rows),
         ops_table(rows),
         ops_table(rows, "residual_add"),
         limits_table(rows),
@@ -192,7 +207,9 @@ def render(results: dict[str, Any]) -> str:
     """The whole report as text."""
     parts = [where(results["environment"])]
     parts += [align(table) for table in sections(results)]
-    lines = [s for suite in ("models", "batch_norm") for s in summary(results["rows"], suite)]
+    lines = [
+        s for suite in ("models", "fuse", "batch_norm") for s in summary(results["rows"], suite)
+    ]
     missing = [row["case"] for row in results["rows"] if row["metric"] == "skipped"]
     if missing:
         lines.append("not run: " + "; ".join(missing))

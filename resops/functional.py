@@ -10,6 +10,7 @@ from torch import Tensor
 from .ops.basic_block import basic_block as _basic_block
 from .ops.batch_norm import batch_norm as _batch_norm
 from .ops.batch_norm_act_max_pool import batch_norm_act_max_pool as _batch_norm_act_max_pool
+from .ops.batch_norm_prelu import batch_norm_prelu as _batch_norm_prelu
 from .ops.bottleneck import bottleneck as _bottleneck
 from .ops.conv_bn_act import conv_bn_act as _conv_bn_act
 from .ops.dense_block import dense_block as _dense_block
@@ -46,7 +47,7 @@ def batch_norm_act(
     *,
     residual: Tensor | None = None,
     activation: str | None = "relu",
-    negative_slope: float = 0.01,
+    negative_slope: float | Tensor = 0.01,
     process_group: Any = None,
 ) -> Tensor:
     """Batch norm, residual addition and activation in one op.
@@ -68,8 +69,8 @@ def batch_norm_act(
         eps: added to the variance, inside the root.
         residual: like ``input``; added before the activation. Of another floating dtype, both
             are promoted as ``+`` would.
-        activation: "relu", "leaky_relu", "silu", "gelu" (exact) or None.
-        negative_slope: of leaky_relu.
+        activation: "relu", "leaky_relu", "silu", "gelu" (exact), "prelu" or None.
+        negative_slope: of leaky_relu; of prelu, the learned slope, a tensor of one element.
         process_group: when training, take the statistics over all processes of this group of
             torch.distributed, which make the call together, some of them perhaps with an empty
             batch. One collective in each of the two passes. Gradients of weight and bias are those
@@ -86,6 +87,25 @@ def batch_norm_act(
         NotImplementedError: an integer or complex input.
         BackendError: a backend chosen by name that cannot do this call.
     """
+    if activation == "prelu" or isinstance(negative_slope, Tensor):
+        if activation != "prelu":
+            raise TypeError(
+                "batch_norm_act(): argument 'negative_slope' is a tensor for activation 'prelu' "
+                f"only, but got activation {activation!r}"
+            )
+        return _batch_norm_prelu(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual=residual,
+            slope=negative_slope,  # type: ignore[arg-type]
+            process_group=process_group,
+        )
     if process_group is not None and training:
         return _sync_batch_norm(
             input,

@@ -11,6 +11,14 @@ import torch
 CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that share the tests (pytest -n) share the cores too: threads that wait for each
+    other across processes would mostly wait."""
+    workers = getattr(config, "workerinput", {}).get("workercount")
+    if workers is not None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
     torch.manual_seed(0)

@@ -50,12 +50,30 @@ class Twins:
 
     @classmethod
     def create(cls, name: str, images: Tensor) -> Twins:
+        """A stock ResNet and the same of resops."""
+        torch.manual_seed(0)
+        stock: nn.Module = create_stock_model(name, CLASSES).to(images.device)
+
+        def create(twin: nn.Module) -> nn.Module:
+            return resops.models.create_model(name, num_classes=CLASSES).to(images.device)
+
+        return cls.of(stock, images, create)
+
+    @classmethod
+    def of(
+        cls,
+        stock: nn.Module,
+        images: Tensor,
+        create: Callable[[nn.Module], nn.Module],
+        in_channels_last: bool = True,
+    ) -> Twins:
         """Random weights; running statistics from one batch, so that evaluation is meaningful.
 
         The state is copied with ``strict=True`` in both directions.
+
+        Args:
+            create: makes ours, of a copy of ``stock`` where it likes.
         """
-        torch.manual_seed(0)
-        stock: nn.Module = create_stock_model(name, CLASSES).to(images.device)
         norms = [m for m in stock.modules() if isinstance(m, nn.BatchNorm2d)]
         with torch.no_grad():
             for norm in norms:
@@ -65,11 +83,12 @@ class Twins:
             stock.train()(images)
         for norm in norms:
             norm.momentum = 0.1
-        ours = resops.models.create_model(name, num_classes=CLASSES).to(images.device)
+        ours = create(copy.deepcopy(stock))
         ours.load_state_dict(stock.state_dict(), strict=True)
         stock.load_state_dict(ours.state_dict(), strict=True)
         exact = copy.deepcopy(stock).double()
-        stock, ours = (channels_last(model, images.device) for model in (stock, ours))
+        if in_channels_last:
+            stock, ours = (channels_last(model, images.device) for model in (stock, ours))
         return cls(stock, ours, exact)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import _dispatch
-from ..nn.batch_norm import BatchNormAct
+from ..nn.batch_norm import NormAct
 from . import layers
 from .blocks import FusedBlock, fused_class, swap_class
 from .blueprint import Blueprint, blueprint, has_forward
@@ -45,7 +45,7 @@ class Analysis:
             if free and has_forward(block) and not isinstance(block, torch.jit.ScriptModule):
                 self._visit(block, free)
         for norm in free:
-            if isinstance(norm, BatchNormAct):
+            if isinstance(norm, NormAct):
                 self.refusals[norm] = Reason.ALREADY_FUSED, type(norm).__name__
             self.refusals.setdefault(norm, (Reason.NOTHING_BESIDE, ""))
 
@@ -54,7 +54,7 @@ class Analysis:
     ) -> tuple[Reason, str] | None:
         why = layers.refusal(norm)
         holders = self.holders.get(norm, [])
-        if why is None and len(holders) > 1:
+        if why is None and len(_places(holders)) > 1:
             why = Reason.SHARED, ""
         if why is None and module_filter_fn is not None:
             for module in (norm, *holders):
@@ -77,7 +77,7 @@ class Analysis:
 def _is_container(norm: nn.Module) -> bool:
     """Whether the forward of ``norm`` itself can be replaced: timm's, with its activation."""
     kind = layers.norm_kind(norm)
-    return kind is not None and kind.has_activation and not isinstance(norm, BatchNormAct)
+    return kind is not None and kind.has_activation and not isinstance(norm, NormAct)
 
 
 def _holders(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
@@ -88,6 +88,19 @@ def _holders(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
             if child is not None:
                 found.setdefault(child, []).append(module)
     return found
+
+
+def _places(holders: list[nn.Module]) -> list[nn.Module]:
+    """The holders that differ: a block that has a layer as an attribute and in a list of its own,
+    as nnU-Net's have, is one place."""
+    if len(holders) < 2:
+        return holders
+    inside = {holder: set(holder.modules()) for holder in holders}
+    return [
+        holder
+        for holder in holders
+        if not any(other is not holder and other in inside[holder] for other in holders)
+    ]
 
 
 def _check(model: object) -> None:
@@ -235,13 +248,14 @@ def fuse_report(model: nn.Module) -> FuseReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse_report expects an nn.Module, but got {type(model).__name__}")
     entries: dict[tuple[str, str, str], list[str]] = {}
+    names = {m: name for name, m in model.named_modules()}
     covered = set()
     for name, block in fused_blocks(model):
         for step in block._resops_plan.steps:
             norm = layers.child(block, step.norm)
             covered.add(norm)
             key = (name, step.pattern, layers.backend_of(norm))
-            entries.setdefault(key, []).append(join(name, *step.norm))
+            entries.setdefault(key, []).append(names[norm])
     fused = [
         FusedEntry(name, tuple(modules), pattern, backend)
         for (name, pattern, backend), modules in entries.items()

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from .. import _dispatch
+from .._autograd import is_plain_call
 from ..nn.batch_norm import NormAct, fused_activation, is_plain, normalize
 from ..nn.instance_norm import group_normalize, instance_normalize
 from ..nn.sync_batch_norm import SyncBatchNormAct, synchronised
@@ -24,19 +25,20 @@ class NormKind(NamedTuple):
     """How a fused step computes a norm of one class."""
 
     label: str
-    run: Callable[[nn.Module, Tensor, Tensor | None, str, float], Tensor]
+    run: Callable[[nn.Module, Tensor, Tensor | None, str, float | Tensor], Tensor]
     convs: tuple[type[nn.Module], ...]  # the convolutions into which it folds
     has_activation: bool = False  # children ``drop`` and ``act``, as timm's has
+    learns_slope: bool = True  # takes the activation prelu
 
 
 def _run_batch_norm(
-    norm: nn.Module, x: Tensor, residual: Tensor | None, activation: str, slope: float
+    norm: nn.Module, x: Tensor, residual: Tensor | None, activation: str, slope: float | Tensor
 ) -> Tensor:
     return normalize(norm, x, residual, activation, slope)  # type: ignore[arg-type]
 
 
 def _run_sync_batch_norm(
-    norm: nn.Module, x: Tensor, residual: Tensor | None, activation: str, slope: float
+    norm: nn.Module, x: Tensor, residual: Tensor | None, activation: str, slope: float | Tensor
 ) -> Tensor:
     group = synchronised(norm.process_group) if norm.training else None
     return normalize(norm, x, residual, activation, slope, group)  # type: ignore[arg-type]
@@ -52,7 +54,7 @@ _KINDS: dict[type, NormKind] = {
     nn.InstanceNorm1d: _INSTANCE_NORM,
     nn.InstanceNorm2d: _INSTANCE_NORM,
     nn.InstanceNorm3d: _INSTANCE_NORM,
-    nn.GroupNorm: NormKind("GN", group_normalize, ()),  # type: ignore[arg-type]
+    nn.GroupNorm: NormKind("GN", group_normalize, (), learns_slope=False),  # type: ignore[arg-type]
     nn.SyncBatchNorm: NormKind("SyncBN", _run_sync_batch_norm, _CONVS),
     SyncBatchNormAct: NormKind("SyncBN", _run_sync_batch_norm, _CONVS, has_activation=True),
 }
@@ -102,8 +104,9 @@ def refusal(norm: nn.Module) -> tuple[Reason, str] | None:
         drop = norm._modules.get("drop")
         if type(drop) is not nn.Identity:
             return Reason.DROPOUT_BETWEEN, f"{type(drop).__name__} in {cls}"
-    if isinstance(norm, nn.modules.instancenorm._InstanceNorm) and norm.track_running_stats:
-        return Reason.UNSUPPORTED_NORM, f"{cls} with running statistics"
+        act = norm._modules.get("act")
+        if act is None or not is_plain(act):
+            return Reason.HOOKS, f"{type(act).__name__} in {cls}"
     for name, t in [*norm._parameters.items(), *norm._buffers.items()]:
         if t is None or name == "num_batches_tracked":
             continue
@@ -161,9 +164,32 @@ def is_identity(module: nn.Module) -> bool:
     return returns_its_input(module) and is_plain(module)
 
 
+def step_activation(act: nn.Module) -> tuple[str, float | Tensor] | None:
+    """The activation of the op, and its slope, that stands for ``act``; None if there is none.
+
+    PReLU with one slope is leaky_relu where its slope is not learned in this call, and known to the
+    host.
+    """
+    if type(act) is not nn.PReLU:
+        return fused_activation(act)
+    slope = act.weight
+    if slope.numel() != 1:
+        return None
+    learned = torch.is_grad_enabled() and slope.requires_grad
+    if learned or slope.device.type != "cpu" or not is_plain_call((slope,)):
+        return "prelu", slope
+    return "leaky_relu", float(slope)
+
+
 def is_activation(module: nn.Module) -> bool:
     """Whether the op has the activation ``module``."""
-    return is_plain(module) and fused_activation(module) is not None
+    return is_plain(module) and _has_activation(module)
+
+
+def _has_activation(module: nn.Module) -> bool:
+    if type(module) is nn.PReLU:
+        return module.num_parameters == 1
+    return fused_activation(module) is not None
 
 
 _ACTIVATION_MODULES = tuple(
@@ -176,7 +202,7 @@ def activation_refusal(module: nn.Module) -> tuple[Reason, str] | None:
     cls = _qualified_name(type(module))
     if isinstance(module, nn.modules.dropout._DropoutNd) or "drop" in cls.lower():
         return Reason.DROPOUT_BETWEEN, cls
-    if fused_activation(module) is not None:
+    if _has_activation(module):
         return Reason.HOOKS, cls
     if isinstance(module, _ACTIVATION_MODULES) or "activation" in cls.lower():
         return Reason.UNSUPPORTED_ACTIVATION, cls

@@ -21,7 +21,6 @@ class Reason(enum.Enum):
     UNSUPPORTED_DTYPE = "unsupported dtype"
     UNSUPPORTED_DEVICE = "unsupported device"
     BACKEND_MISSING = "backend missing"
-    MEASURED_SLOWER = "measured slower"
     FILTERED = "filtered"
     UNTRACEABLE = "untraceable"
     MODES_DIFFER = "training and evaluation differ"
@@ -46,15 +45,14 @@ _HINTS = {
     Reason.DROPOUT_BETWEEN: "a dropout stands between the norm and the activation; without it, or "
     "after the activation, they can be one op",
     Reason.UNSUPPORTED_NORM: "there is no fused op for this norm with these settings; fused are "
-    "nn.BatchNorm1d to 3d, nn.InstanceNorm1d to 3d without running statistics, nn.GroupNorm and "
-    "timm's BatchNormAct2d",
-    Reason.UNSUPPORTED_ACTIVATION: "fused are ReLU, LeakyReLU, SiLU, GELU (exact) and Identity",
+    "nn.BatchNorm1d to 3d, nn.InstanceNorm1d to 3d, nn.GroupNorm and timm's BatchNormAct2d",
+    Reason.UNSUPPORTED_ACTIVATION: "fused are ReLU, LeakyReLU, PReLU with one slope, SiLU, "
+    "GELU (exact) and Identity",
     Reason.UNSUPPORTED_LAYOUT: "parameters must be strided tensors",
     Reason.UNSUPPORTED_DTYPE: "parameters must be float32, bfloat16, float16 or float64",
     Reason.UNSUPPORTED_DEVICE: "parameters must be on a CPU, a CUDA or the meta device",
     Reason.BACKEND_MISSING: "the chosen backend cannot compute this norm; "
     "resops.set_backend('auto') can",
-    Reason.MEASURED_SLOWER: "the fused op was measured to be slower here",
     Reason.FILTERED: "module_filter_fn returned False",
     Reason.UNTRACEABLE: "the forward of its block cannot be followed; describe the block with "
     "resops.register_pattern",

@@ -9,7 +9,6 @@ they are there, and where nothing else sees the values in between:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..nn.batch_norm import fused_activation
-from ..nn.conv_bn_act import folded_conv
+from ..nn.conv_bn_act import convolve, folded_conv
+from ..reference.activation import activate
 from . import layers, observer
 from .layers import Path
 from .report import Reason
@@ -51,39 +50,53 @@ class Step:
             keeper: keeps the folded convolution as its attribute ``_folded``.
         """
         norm = layers.child(block, self.norm)
+        kind = layers.norm_kind(norm)
+        assert kind is not None
+        slope: float | Tensor
         activation, slope, act = self.activation, self.negative_slope, None
         if self.act is not None:
             module = layers.child(block, self.act)
-            fused = fused_activation(module)
+            fused = layers.step_activation(module)
+            if fused is not None and fused[0] == "prelu" and not kind.learns_slope:
+                fused = None
             activation, slope = ("identity", 0.0) if fused is None else fused
             act = module if fused is None else None  # since then its settings were changed
-        kind = layers.norm_kind(norm)
-        assert kind is not None
         if self.conv is not None:
             conv = layers.child(block, self.conv)
             if not norm.training and type(conv) in kind.convs:
-                y = folded_conv(conv, norm, keeper, x, residual, activation, slope)
+                y = self._folded(conv, norm, keeper, x, residual, activation, slope)
                 if y is not None:
                     observer.tell(self, "folded into the convolution", x)
                     return y if act is None else act(y)
-            x = conv(x)
+            x = convolve(conv, x)
         if observer.listening():
             observer.tell(self, layers.backend_of(norm), x)
         if residual is None or residual.shape == x.shape:
             y = kind.run(norm, x, residual, activation, slope)
         else:  # one of the two is broadcast
             y = kind.run(norm, x, None, "identity", 0.0) + residual
-            y = y if act is not None else _ACTIVATE[activation](y, slope)
+            y = y if act is not None else activate(y, activation, slope)
         return y if act is None else act(y)
 
+    def _folded(
+        self,
+        conv: nn.Module,
+        norm: nn.Module,
+        keeper: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        activation: str,
+        slope: float | Tensor,
+    ) -> Tensor | None:
+        """The step as one convolution, or None; a slope on another device is applied after it."""
+        if not isinstance(slope, Tensor):
+            return folded_conv(conv, norm, keeper, x, residual, activation, slope)
+        if torch.is_grad_enabled():
+            return None
+        y = folded_conv(conv, norm, keeper, x, residual, "identity", 0.0)
+        return None if y is None else activate(y, activation, slope)
 
-_ACTIVATE: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "identity": lambda z, slope: z,
-    "relu": lambda z, slope: F.relu(z),
-    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope),
-    "silu": lambda z, slope: F.silu(z),
-    "gelu": lambda z, slope: F.gelu(z),
-}
+
 _ADDITIONS = {
     ("call_function", operator.add),
     ("call_function", operator.iadd),
@@ -174,14 +187,15 @@ class Matcher:
         act: Path | None = None
         activation, slope = "identity", 0.0
         residual: fx.Node | None = None
+        closed = False
         if kind.has_activation:
             module = self.module(norm)._modules["act"]
             assert module is not None
             identities.append((*path, "drop"))
+            act = (*path, "act")  # which runs after the op where that does not have it
+            closed = type(module) is not nn.Identity
             if layers.is_activation(module):
-                act = (*path, "act")
                 labels.append(layers.activation_label(module))
-        closed = kind.has_activation and (act is None or labels[-1] != "")
         while not closed and (user := self._next(nodes[-1], taken)) is not None:
             key = (user.op, user.target)
             if user.op == "call_module" and user.args == (nodes[-1],) and not user.kwargs:
@@ -312,6 +326,11 @@ class Matcher:
 
     def _nothing_beside(self, norm: fx.Node) -> tuple[Reason, str]:
         """Why the norm stands alone: what comes after it says it."""
+        own = self.module(norm)._modules.get("act")
+        if own is not None and not layers.is_activation(own):
+            why = layers.activation_refusal(own)
+            if why is not None:
+                return why
         node = norm
         while (user := self._next(node, set())) is not None:
             if user.op != "call_module":

@@ -1,4 +1,4 @@
-"""Layers for other packages: ``resops.integrations.timm`` and ``resops.integrations.monai``.
+"""Layers for other packages: ``resops.integrations.timm``, ``.monai`` and ``.nnunet``.
 
 Each module can be imported where its package is installed, and is imported by nothing else.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import norm_layers
-from ..nn.norm_layers import ActLayer, NormThenAct, create_norm_act
+from ..nn.norm_layers import NormThenAct, create_norm_act
 
+ActLayer = norm_layers.ActLayer
 NormLayer = norm_layers.NormLayer | None
 
 
@@ -97,17 +99,26 @@ def _size(size: Sequence[int]) -> str:
 
 def initialise(model: nn.Module, mode: str = "fan_out") -> None:
     """He normal weights of convolutions, zero biases (He et al., "Delving Deep into Rectifiers",
-    2015, section 2.2).
+    2015, section 2.2): standard deviation sqrt(2 / n).
 
     Args:
-        mode: "fan_in" keeps the variance of activations, "fan_out" that of gradients.
+        mode: what n is: "fan_in", the values that go into one of the output, which keeps the
+            variance of activations; or "fan_out", the weights of one input, which keeps that of
+            gradients.
     """
-    convolutions = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    transposed = (nn.ConvTranspose2d, nn.ConvTranspose3d)
     for module in model.modules():
-        if isinstance(module, convolutions):
-            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        if not isinstance(module, (nn.Conv2d, nn.Conv3d, *transposed)):
+            continue
+        taps = math.prod(module.kernel_size)
+        if mode == "fan_out":
+            n = module.out_channels * taps
+        else:
+            # Windows of a transposed convolution do not overlap: one tap of every channel goes in.
+            n = module.in_channels * (1 if isinstance(module, transposed) else taps)
+        nn.init.normal_(module.weight, 0, math.sqrt(2 / n))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def fit(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -238,9 +238,9 @@ class ResidualBlock(nn.Module):
     A subclass has ``chain``, its convolutions and norms, and ``branch``.
     """
 
-    def __init__(self, join: Join | None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.join = join
+        self.join: Join | None = None
         self.second: ResidualBlock | None = None  # of shake-shake: only its branch is used
         self.mix: ShakeShake | None = None
 

@@ -2,8 +2,7 @@
 Deep Convolutional Neural Networks", 2012, in the form for one GPU of Krizhevsky, "One weird trick
 for parallelizing convolutional neural networks", 2014, without response normalisation).
 
-Modules have torchvision's names: ``state_dict`` is the same, and so are the initial weights for a
-given seed.
+Modules have torchvision's names and ``state_dict``.
 """
 
 from __future__ import annotations

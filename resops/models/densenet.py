@@ -10,6 +10,7 @@ seed.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..nn.batch_norm import BatchNormAct2d, is_plain
 from ..nn.batch_norm_act_max_pool import norm_act_max_pool
 from ..nn.conv_bn_act import conv_norm_act, convolve
 from ..nn.dense_block import Pair, dense_block
+from ._features import Backbone, FeatureMap
 from ._registry import register_model
 
 _FORMER_KEY = re.compile(r"(norm|conv)\.([12])\.")
@@ -89,20 +91,21 @@ class DenseBlock(nn.ModuleDict):
 
     def as_op(self, x: Tensor, transition: nn.Module | None) -> Tensor | None:
         """The block, and what is behind it, as one op; None where that would not be the same."""
-        layers = list(self.values())
+        layers = [layer for layer in self.values() if type(layer) is DenseLayer]
+        complete = type(self) is DenseBlock and len(layers) == len(self)
         modules = [self, *layers] if transition is None else [self, transition, *layers]
-        kinds = (DenseBlock, Transition, DenseLayer)
-        if not self.memory_efficient or not all(_is_exactly(m, kinds) for m in modules):
+        if not (self.memory_efficient and complete and all(is_plain(m) for m in modules)):
             return None
         rates = {layer.drop_rate if layer.training else 0.0 for layer in layers}
         if len(rates) != 1:
             return None
         last = None
         if transition is not None:
-            children = tuple(transition._modules.values())
-            if len(children) != 3:
+            children = [m for m in transition._modules.values() if m is not None]
+            if type(transition) is not Transition or len(children) != 3:
                 return None
-            last = children
+            norm, conv, pool = children
+            last = (norm, conv, pool)
         pairs = [layer.pairs() for layer in layers]
         return dense_block(pairs, last, x, drop_rate=rates.pop())
 
@@ -115,10 +118,6 @@ class DenseBlock(nn.ModuleDict):
         for layer in self.values():
             features.append(layer(torch.cat(features, 1)))
         return torch.cat(features, 1)
-
-
-def _is_exactly(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    return type(module) in kinds and is_plain(module)
 
 
 class Features(nn.Sequential):
@@ -165,8 +164,9 @@ class Features(nn.Sequential):
         for name, module in stem.items():
             if name != "pool0":
                 y = module(y)
-        found = [y] if "pool0" in stem else []
-        y = stem["pool0"](y) if found else y
+        found = [y] if "norm0" in stem else []
+        if "pool0" in stem:
+            y = stem["pool0"](y)
         for module in list(self.children())[len(stem) :]:
             y = module(y)
             if isinstance(module, DenseBlock):
@@ -174,7 +174,7 @@ class Features(nn.Sequential):
         return [*found[:-1], y]
 
 
-class DenseNet(nn.Module):
+class DenseNet(Backbone):
     """The networks of Table 1: a stem, dense blocks with transitions between them, a classifier.
 
     Args:
@@ -190,11 +190,11 @@ class DenseNet(nn.Module):
             same.
         in_chans: channels of the image.
         small_images: no pool and no stride in the stem, for images of 32x32 (section 4.2).
-        features_only: the network returns a list of the features at each resolution, and has no
-            classifier; ``feature_info`` has their channels and reduction.
+        features_only, out_indices: return the outputs of the stem's norm, of the blocks and, for
+            the last block, of the last norm in place of logits.
 
-    Attributes:
-        feature_info: of what ``features_only`` returns: num_chs, reduction and module, as timm's.
+    Raises:
+        ValueError: an index without feature map.
     """
 
     def __init__(
@@ -209,10 +209,11 @@ class DenseNet(nn.Module):
         in_chans: int = 3,
         small_images: bool = False,
         features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.feature_info: list[dict[str, Any]] = []
+        self.feature_info = ()
         self.features = Features()
         channels, reduction = num_init_features, 1
         if small_images:
@@ -233,15 +234,17 @@ class DenseNet(nn.Module):
                 channels, reduction = channels // 2, 2 * reduction
         norm = BatchNormAct2d(channels)
         self._add(f"norm{len(block_config) + 1}", norm, channels, reduction)
-        self.classifier = None if features_only else nn.Linear(channels, num_classes)
+        self.classifier = nn.Linear(channels, num_classes)
         self._initialise()
+        if features_only:
+            self.keep_features(out_indices)
 
     def _add(self, name: str, module: nn.Module, channels: int = 0, reduction: int = 0) -> None:
-        """A part of ``features``; with channels, one of which features are returned."""
+        """A part of ``features``; with channels, one whose output is a feature map."""
         self.features.add_module(name, module)
         if channels:
-            info = {"num_chs": channels, "reduction": reduction, "module": f"features.{name}"}
-            self.feature_info.append(info)
+            found = FeatureMap(f"features.{name}", channels, reduction)
+            self.feature_info = (*self.feature_info, found)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -255,13 +258,15 @@ class DenseNet(nn.Module):
         y: Tensor = self.features(x)
         return y
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(N, in_chans, H, W) to the logits, (N, num_classes); see ``features_only``."""
-        if self.classifier is None:
-            return self.features.stages(x)
-        y = F.adaptive_avg_pool2d(self.forward_features(x), 1)
-        logits: Tensor = self.classifier(torch.flatten(y, 1))
-        return logits
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Features to the logits, (N, num_classes)."""
+        y: Tensor = self.classifier(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return y
+
+    def forward_intermediates(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The maps with these indices of the whole network's ``feature_info``."""
+        found = self.features.stages(x)
+        return [found[i] for i in indices]
 
 
 @register_model

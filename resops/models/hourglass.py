@@ -164,7 +164,7 @@ def heatmap_peaks(heatmaps: Tensor, stride: int = 4) -> tuple[Tensor, Tensor]:
         stride: pixels of the image for each of a heatmap.
 
     Returns:
-        coordinates (N, K, 2), x and y, of the dtype of ``heatmaps``; and the values there, (N, K).
+        coordinates (N, K, 2), x and y, in float32 or wider; and the values there, (N, K).
 
     Raises:
         ValueError: not four dimensions, or heatmaps without pixels.
@@ -188,9 +188,10 @@ def heatmap_peaks(heatmaps: Tensor, stride: int = 4) -> tuple[Tensor, Tensor]:
         before = heatmaps[samples, joints, rows - down, columns - left]
         return (after - before).sign()
 
-    x = columns + 0.25 * slope(0, 1) + 0.5
-    y = rows + 0.25 * slope(1, 0) + 0.5
-    return (torch.stack((x, y), 2) * stride).to(heatmaps.dtype), values
+    wide = torch.promote_types(heatmaps.dtype, torch.float32)
+    x = columns.to(wide) + 0.25 * slope(0, 1) + 0.5
+    y = rows.to(wide) + 0.25 * slope(1, 0) + 0.5
+    return torch.stack((x, y), 2) * stride, values
 
 
 @register_model

@@ -38,7 +38,8 @@ class PreActBlock(ResidualBlock):
         layers: ResidualLayers,
         join: Join | None,
     ) -> None:
-        super().__init__(join)
+        super().__init__()
+        self.join = join
         self.downsample: nn.Module | None = None
         if projected:
             conv = layers.conv(in_channels, out_channels, 1, stride)
@@ -227,7 +228,7 @@ class PreActResNet(Backbone):
 
     def forward_intermediates(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """The maps ``indices``: 0 for the stem's convolution, then the stages', not normalised."""
-        y = self.stem.conv(x)
+        y: Tensor = self.stem[0](x)
         maps = [y]
         for i in range(max(indices)):
             y = self.stages[i](self.stem[1:](y) if i == 0 else y)
@@ -256,25 +257,25 @@ def resnetv2_34(num_classes: int = 1000, in_chans: int = 3, **kwargs: Any) -> Pr
 @register_model
 def resnetv2_50(num_classes: int = 1000, in_chans: int = 3, **kwargs: Any) -> PreActResNet:
     """Pre-activation ResNet-50. ``kwargs`` are those of :class:`PreActResNet`."""
-    return PreActResNet(PreActBottleneck, (3, 4, 6, 3), num_classes, in_chans, **kwargs)
+    return _imagenet(PreActBottleneck, (3, 4, 6, 3), num_classes, in_chans, **kwargs)
 
 
 @register_model
 def resnetv2_101(num_classes: int = 1000, in_chans: int = 3, **kwargs: Any) -> PreActResNet:
     """Pre-activation ResNet-101. ``kwargs`` are those of :class:`PreActResNet`."""
-    return PreActResNet(PreActBottleneck, (3, 4, 23, 3), num_classes, in_chans, **kwargs)
+    return _imagenet(PreActBottleneck, (3, 4, 23, 3), num_classes, in_chans, **kwargs)
 
 
 @register_model
 def resnetv2_152(num_classes: int = 1000, in_chans: int = 3, **kwargs: Any) -> PreActResNet:
     """Pre-activation ResNet-152. ``kwargs`` are those of :class:`PreActResNet`."""
-    return PreActResNet(PreActBottleneck, (3, 8, 36, 3), num_classes, in_chans, **kwargs)
+    return _imagenet(PreActBottleneck, (3, 8, 36, 3), num_classes, in_chans, **kwargs)
 
 
 @register_model
 def resnetv2_200(num_classes: int = 1000, in_chans: int = 3, **kwargs: Any) -> PreActResNet:
     """Pre-activation ResNet-200. ``kwargs`` are those of :class:`PreActResNet`."""
-    return PreActResNet(PreActBottleneck, (3, 24, 36, 3), num_classes, in_chans, **kwargs)
+    return _imagenet(PreActBottleneck, (3, 24, 36, 3), num_classes, in_chans, **kwargs)
 
 
 def _cifar(block: _Block, depth: int, *args: Any, **kwargs: Any) -> PreActResNet:

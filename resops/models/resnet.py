@@ -35,12 +35,13 @@ class Block(ResidualBlock):
     block_op = False  # as one op
     recompute = False  # and its widest outputs are not saved either
 
-    def __init__(
+    def _join_with(
         self, downsample: nn.Module | None, layers: ResidualLayers, join: Join | None
     ) -> None:
-        super().__init__(join)
+        """What stands beside the branch: registered after it, as torchvision's blocks have it."""
         self.downsample = downsample
         self.enter = ScalarBias() if layers.fixup else None
+        self.join = join
 
     def branch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """F(x), to which the last norm adds the residual."""
@@ -84,11 +85,12 @@ class BasicBlock(Block):
         if groups != 1 or width_per_group != 64:
             raise ValueError("BasicBlock only supports groups=1 and width_per_group=64")
         layers = layers or ResidualLayers(1)
-        super().__init__(downsample, layers, join)
+        super().__init__()
         self.conv1 = layers.conv(in_channels, channels, 3, stride)
         self.bn1 = layers.norm(channels)
         self.conv2 = layers.conv(channels, channels, 3)
         self.bn2 = layers.last_norm(channels, act=join is None)
+        self._join_with(downsample, layers, join)
 
     def chain(self) -> tuple[tuple[nn.Conv2d, Any], ...]:
         return (self.conv1, self.bn1), (self.conv2, self.bn2)
@@ -112,7 +114,7 @@ class Bottleneck(Block):
         join: Join | None = None,
     ) -> None:
         layers = layers or ResidualLayers(1)
-        super().__init__(downsample, layers, join)
+        super().__init__()
         width = int(channels * (width_per_group / 64.0)) * groups
         out_channels = channels * self.expansion
         strides = (stride, 1) if stride_in_1x1 else (1, stride)
@@ -122,6 +124,7 @@ class Bottleneck(Block):
         self.bn2 = layers.norm(width)
         self.conv3 = layers.conv(width, out_channels, 1)
         self.bn3 = layers.last_norm(out_channels, act=join is None)
+        self._join_with(downsample, layers, join)
 
     def chain(self) -> tuple[tuple[nn.Conv2d, Any], ...]:
         return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)

@@ -10,6 +10,7 @@ implementation that most people use (github.com/milesial/Pytorch-UNet).
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -37,8 +38,8 @@ class ConvNormActs(nn.Sequential):
         modules = list(self._modules.values())
         pairs = list(zip(modules[::2], modules[1::2], strict=True))
         for conv, norm in pairs[:-1]:
-            x = conv_norm_act(conv, norm, x)  # type: ignore[arg-type]
-        return conv_norm_act(*pairs[-1], x, residual)  # type: ignore[arg-type]
+            x = conv_norm_act(conv, norm, x)
+        return conv_norm_act(*pairs[-1], x, residual)
 
 
 class DoubleConv(nn.Module):
@@ -84,10 +85,9 @@ class DoubleConv(nn.Module):
 class Down(nn.Module):
     """Max-pooling, then a double convolution."""
 
-    def __init__(self, in_channels: int, *args: Any, layers: Layers, **kwargs: Any) -> None:
+    def __init__(self, pool: nn.Module, conv: nn.Module) -> None:
         super().__init__()
-        conv = DoubleConv(in_channels, *args, layers, **kwargs)
-        self.maxpool_conv = nn.Sequential(layers.max_pool(), conv)
+        self.maxpool_conv = nn.Sequential(pool, conv)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.maxpool_conv(x)
@@ -178,13 +178,15 @@ class UNet(nn.Module):
         self.padded = padded
         self.levels = len(widths) - 1
         layers = Layers(2, norm_layer, act_layer)
-        options = {"residual": residual, "padding": int(padded)}
+        double_conv = functools.partial(
+            DoubleConv, layers=layers, residual=residual, padding=int(padded)
+        )
         factor = 2 if bilinear else 1
         channels = [*widths[:-1], widths[-1] // factor]  # where two resolutions meet
-        self.inc = DoubleConv(in_chans, widths[0], widths[0], layers, **options)
+        self.inc = double_conv(in_chans, widths[0], widths[0])
         self.downs = [f"down{i}" for i in range(1, len(widths))]
         for name, wide, wider in zip(self.downs, channels, channels[1:], strict=False):
-            self.add_module(name, Down(wide, wider, wider, layers=layers, **options))
+            self.add_module(name, Down(layers.max_pool(), double_conv(wide, wider, wider)))
         self.drop = nn.Dropout(drop_rate)
         self.ups = [f"up{i}" for i in range(1, len(widths))]
         below = channels[-1]
@@ -193,8 +195,7 @@ class UNet(nn.Module):
             joined = wide + (below if bilinear else wide)
             wide_out = wide // factor if name != self.ups[-1] else wide
             mid = joined // 2 if bilinear else wide_out
-            conv = DoubleConv(joined, mid, wide_out, layers, **options)
-            self.add_module(name, Up(up, conv, padded))
+            self.add_module(name, Up(up, double_conv(joined, mid, wide_out), padded))
             below = wide_out
         self.outc = OutConv(below, num_classes, layers)
         initialise(self, mode="fan_in")  # section 3 of the paper

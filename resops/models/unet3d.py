@@ -54,7 +54,7 @@ class UNet3d(nn.Module):
         layers = Layers(3, norm_layer, act_layer)
         self.inc = DoubleConv(in_chans, widths[0] // 2, widths[0], layers, residual)
         self.downs = nn.ModuleList(
-            Down(wide, wide, wider, layers=layers, residual=residual)
+            Down(layers.max_pool(), DoubleConv(wide, wide, wider, layers, residual))
             for wide, wider in itertools.pairwise(widths)
         )
         self.ups = nn.ModuleList()

@@ -1,8 +1,7 @@
 """VGG (Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image
 Recognition", 2015, Table 1), with and without batch norm: a sequential baseline.
 
-Modules have torchvision's names: ``state_dict`` is the same, and so are the initial weights for a
-given seed.
+Modules have torchvision's names and ``state_dict``.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class ConvActs(nn.Sequential):
         for layer in layers:
             assert layer is not None
             if isinstance(layer, nn.Conv2d):
-                x = conv_norm_act(layer, next(layers), x)  # type: ignore[arg-type]
+                x = conv_norm_act(layer, next(layers), x)
             else:
                 x = layer(x)
         return x

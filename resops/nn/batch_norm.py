@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,7 +38,11 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 def create_activation(
     layer: Callable[..., nn.Module] | str | None, kwargs: Mapping[str, Any] | None, inplace: bool
 ) -> nn.Module:
-    """The activation of ``act_layer`` and ``act_kwargs``, see :class:`BatchNormAct2d`."""
+    """The layer ``act`` for the arguments ``act_layer``, ``act_kwargs`` and ``inplace`` of timm.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if isinstance(layer, str):
         if layer and layer not in _ACTIVATIONS:
             raise ValueError(
@@ -104,7 +109,7 @@ def normalize(
     x: Tensor,
     residual: Tensor | None,
     activation: str,
-    negative_slope: float,
+    negative_slope: float | Tensor,
     process_group: Any = None,
 ) -> Tensor:
     """What ``forward`` of a batch norm of torch does, with a residual and an activation.
@@ -131,15 +136,17 @@ def normalize(
     )
 
 
-class NormAct:
+class NormAct(nn.Module):
     """What a norm layer with an activation and an optional residual is, beside being a norm.
 
     A class of it gives ``_normalize`` and calls ``_set_epilogue`` at the end of its ``__init__``.
     """
 
-    training: bool
-    _modules: dict[str, nn.Module | None]
-    _normalize: Callable[[Tensor, Tensor | None, str, float], Tensor]
+    def _normalize(
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+    ) -> Tensor:
+        """act( norm(x) [+ residual] ) with an activation of the op."""
+        raise NotImplementedError
 
     def _set_epilogue(
         self,
@@ -186,6 +193,13 @@ class NormAct:
             if residual is not None:
                 y = y + residual
         return self.act(y)
+
+
+def makes_norm_act(layer: Any) -> bool:
+    """Whether ``layer`` is a class of norm with activation, perhaps in a ``functools.partial``."""
+    while isinstance(layer, functools.partial):
+        layer = layer.func
+    return isinstance(layer, type) and issubclass(layer, NormAct)
 
 
 class BatchNormAct(NormAct, _BatchNorm):

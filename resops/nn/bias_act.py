@@ -12,7 +12,7 @@ from .. import functional
 from .batch_norm import NormAct
 
 
-class BiasAct(NormAct, nn.Module):
+class BiasAct(NormAct):
     """act( x + bias [+ residual] ): in a norm's place, where a network has none.
 
     The bias is the one that a convolution without norm has. One pass, that of a batch norm with

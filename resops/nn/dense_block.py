@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import functional
 from ..functional import DenseLayer, NormConv
+from ..ops.dense_block import dense_block as op
 from .batch_norm import BatchNormAct2d, is_plain, next_statistics
-from .conv_bn_act import may_fuse
+from .conv_bn_act import conv_norm_act, may_fuse
 
 Pair = tuple[nn.Module, nn.Module]
 
@@ -45,7 +45,13 @@ def dense_block(
     made = [_norm_conv(norm, conv) for norm, conv in pairs]
     end = made.pop() if transition is not None else None
     dense = [DenseLayer(*made[i : i + 2]) for i in range(0, len(made), 2)]
-    return functional.dense_block(x, dense, end, drop_rate=drop_rate)
+
+    def narrow(index: int, z: Tensor) -> Tensor:
+        (_, conv), (norm, _) = layers[index]
+        assert isinstance(norm, BatchNormAct2d)
+        return conv_norm_act(conv, norm, z)
+
+    return op(x, dense, end, drop_rate=drop_rate, narrow=narrow)
 
 
 def _is_average_of_four(pool: nn.Module) -> bool:

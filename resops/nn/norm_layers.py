@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from .. import functional
 from .batch_norm import (
@@ -16,14 +16,20 @@ from .batch_norm import (
     BatchNormAct1d,
     BatchNormAct2d,
     BatchNormAct3d,
-    NormAct,
     create_activation,
     fused_activation,
     is_plain,
+    makes_norm_act,
 )
 from .batch_norm_variants import BatchRenormAct2d, GhostBatchNormAct2d
 from .bias_act import BiasAct
-from .instance_norm import GroupNorm1Act, GroupNormAct, InstanceNormAct2d, InstanceNormAct3d
+from .instance_norm import (
+    GroupNorm1Act,
+    GroupNormAct,
+    InstanceNormAct,
+    InstanceNormAct2d,
+    InstanceNormAct3d,
+)
 
 ActLayer = Callable[..., nn.Module] | str | None
 NormLayer = Callable[..., nn.Module] | str
@@ -64,17 +70,19 @@ NORM_LAYERS: dict[int, dict[str, Callable[..., nn.Module]]] = {
         "batch": BatchNormAct2d,
         "ghost_batch": GhostBatchNormAct2d,
         "batch_renorm": BatchRenormAct2d,
-        "instance": InstanceNormAct2d,
+        "instance": functools.partial(InstanceNormAct2d, affine=True),
         **_ANY,
     },
-    3: {"batch": BatchNormAct3d, "instance": InstanceNormAct3d, **_ANY},
+    3: {
+        "batch": BatchNormAct3d,
+        "instance": functools.partial(InstanceNormAct3d, affine=True),
+        **_ANY,
+    },
 }
-_BATCH_NORMS: dict[type[nn.Module], type[BatchNormAct]] = {
+_FUSED: dict[type[nn.Module], type[BatchNormAct] | type[InstanceNormAct]] = {
     nn.BatchNorm1d: BatchNormAct1d,
     nn.BatchNorm2d: BatchNormAct2d,
     nn.BatchNorm3d: BatchNormAct3d,
-}
-_INSTANCE_NORMS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.InstanceNorm2d: InstanceNormAct2d,
     nn.InstanceNorm3d: InstanceNormAct3d,
 }
@@ -92,9 +100,9 @@ def create_norm_act(
 
     Args:
         norm_layer: "batch", "ghost_batch", "batch_renorm", "group" (of 32 groups at most), "layer"
-            (of one group), "instance" or "none" (a bias), of which the two that change batch norm
-            are for 2 dimensions only; a class of :mod:`resops.nn`, perhaps in a
-            ``functools.partial``; or any function that makes a norm of ``channels`` without
+            (of one group), "instance" (with weight and bias) or "none" (a bias), of which the two
+            that change batch norm are for 2 dimensions only; a class of :mod:`resops.nn`, perhaps
+            in a ``functools.partial``; or any function that makes a norm of ``channels`` without
             activation. Of torch's own norms the fused form with the same keys is taken; one that
             has none is called as it is, and residual and activation follow it.
         act_layer, apply_act: see :class:`resops.nn.BatchNormAct2d`.
@@ -111,23 +119,17 @@ def create_norm_act(
                 f"norm_layer must be None, a class or one of {names}, but got {norm_layer!r}"
             )
         norm_layer = known[norm_layer]
-    elif not _makes_norm_act(norm_layer):
+    elif not makes_norm_act(norm_layer):
         return _with_activation(norm_layer(channels), act_layer if apply_act else None)
     return norm_layer(channels, act_layer=act_layer, apply_act=apply_act)
-
-
-def _makes_norm_act(layer: Any) -> bool:
-    while isinstance(layer, functools.partial):
-        layer = layer.func
-    return isinstance(layer, type) and issubclass(layer, NormAct)
 
 
 def _with_activation(norm: nn.Module, act_layer: ActLayer) -> nn.Module:
     """The fused layer that stands for ``norm`` and an activation, or one after the other."""
     kind = type(norm)
-    if kind in _BATCH_NORMS:
-        assert isinstance(norm, _BatchNorm)
-        return _BATCH_NORMS[kind](
+    if kind in _FUSED:
+        assert isinstance(norm, _NormBase)
+        return _FUSED[kind](
             norm.num_features,
             norm.eps,
             norm.momentum,
@@ -139,6 +141,4 @@ def _with_activation(norm: nn.Module, act_layer: ActLayer) -> nn.Module:
         return GroupNormAct(
             norm.num_channels, norm.num_groups, norm.eps, norm.affine, act_layer=act_layer
         )
-    if kind in _INSTANCE_NORMS and not norm.track_running_stats:
-        return _INSTANCE_NORMS[kind](norm.num_features, norm.eps, norm.affine, act_layer=act_layer)
     return NormThenAct(norm, act_layer)

@@ -27,6 +27,7 @@ from .dense_block_passes import (
     NORM_TENSORS,
     Call,
     Gradients,
+    Narrow,
     Saved,
     backward_formulas,
     evaluate,
@@ -239,8 +240,13 @@ def dense_block(
     *,
     drop_rate: float = 0.0,
     accumulate_in_float32: bool = False,
+    narrow: Narrow | None = None,
 ) -> Tensor:
-    """See :func:`resops.functional.dense_block`."""
+    """See :func:`resops.functional.dense_block`.
+
+    Args:
+        narrow: what :func:`resops.ops.dense_block_passes.evaluate` takes, for layers of modules.
+    """
     layers = list(layers)
     _check_types(x, layers, transition, drop_rate)
     if traced_to_aten():
@@ -263,7 +269,7 @@ def dense_block(
     )
     settings = tuple((part.training, part.momentum, part.eps) for part in parts)
     call = Call(inner, drop_rate, accumulate_in_float32, settings, transition is not None)
-    tensors = [t for part in parts for t in part[:NORM_TENSORS]]
+    tensors: list[Any] = [t for part in parts for t in part[:NORM_TENSORS]]
     if wants_gradient(x, *tensors):
         # A compiled backward pass has no second derivative.
         twice = x.requires_grad and not torch.compiler.is_compiling()
@@ -271,7 +277,7 @@ def dense_block(
         y: Tensor = DenseBlockFunction.apply(call, x, stand_in, *tensors)
         return y
     if drop_rate == 0 and not any(part.training for part in parts):
-        return evaluate(call, x, tensors)
+        return evaluate(call, x, tensors, narrow)
     return forward(call, x, tensors)[0]
 
 

@@ -9,14 +9,15 @@ consumers are through (docs/math/dense_block.md).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _dispatch, _magnitude
 from ..reference import dense_block as reference
 from ..reference.dense_block import DenseLayer, NormConv
 from . import convolution as phases
@@ -37,7 +38,7 @@ class Call(NamedTuple):
     inner: block.Call  # of the convolutions, and of the norm between the two of a layer
     drop_rate: float
     accumulate_in_float32: bool
-    settings: tuple[tuple[bool, float, float], ...]  # of each NormConv
+    settings: tuple[tuple[Any, ...], ...]  # of each NormConv: training, momentum, eps
     transition: bool  # the last of them
 
     def parts(self, tensors: Sequence[Any]) -> tuple[list[DenseLayer], NormConv | None]:
@@ -250,8 +251,43 @@ def _new_channels(
     return new, known, found
 
 
-def evaluate(call: Call, x: Tensor, tensors: Sequence[Any]) -> Tensor:
-    """The output with constant statistics, where nothing is kept for a backward pass."""
+# Of a layer by its number: relu( norm2( conv1(z) ) ).
+Narrow = Callable[[int, Tensor], Tensor]
+
+
+class _Bound:
+    """An upper bound on the values of the buffer, for convolutions whose relu must see no NaN
+    (resops/_magnitude.py): new channels are read once, and not again by every consumer."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.wanted = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        self.value = _magnitude.measure(x) if self.wanted else math.inf
+
+    def add(self, new: Tensor) -> None:
+        """Other channels."""
+        if self.wanted:
+            self.value = math.hypot(self.value, _magnitude.measure(new))
+
+    def pass_on(self, consumer: NormConv, mean: Tensor, invstd: Tensor, z: Tensor) -> None:
+        """To what a consumer made of the channels."""
+        if self.wanted:
+            scale = invstd if consumer.weight is None else invstd * consumer.weight
+            largest = (mean.abs() + self.value) * scale.abs()
+            if consumer.bias is not None:
+                largest += consumer.bias.abs()
+            _magnitude.remember(z, 1.01 * float(largest.max()))  # 1 % for rounding
+
+
+def evaluate(call: Call, x: Tensor, tensors: Sequence[Any], narrow: Narrow | None) -> Tensor:
+    """The output with constant statistics, where nothing is kept for a backward pass.
+
+    Args:
+        narrow: of a caller who has kept the convolutions that the norms are folded into.
+    """
+    if torch.is_inference_mode_enabled():
+        # An inference tensor has no version counter, so no bound could be kept about it.
+        with torch.inference_mode(False), torch.no_grad():
+            return evaluate(call, x, tensors, narrow)
     layers, transition = call.parts(tensors)
     ops = _phases(call.inner.backend, x)
     channels = x.size(1) + sum(layer.conv2.conv_weight.size(0) for layer in layers)
@@ -260,20 +296,26 @@ def evaluate(call: Call, x: Tensor, tensors: Sequence[Any]) -> Tensor:
         buffer = _empty(x, channels, x.dtype)
         buffer[:, : x.size(1)] = x
     workspace = _Workspace(buffer, _widest(x, layers, transition))
+    bound = _Bound(x)
 
     def normalised(consumer: NormConv, channels: int) -> Tensor:
         z = workspace.view(channels)
         found = _Statistics([consumer], channels, buffer).known[0]
         ops.dense_block_apply(buffer, consumer.weight, consumer.bias, *found, z)
+        bound.pass_on(consumer, *found, z)
         return z
 
-    begin = x.size(1)
-    for layer in layers:
-        z = normalised(layer.conv1, begin)
-        weight, norm = layer.conv1.conv_weight, layer.conv2
+    def folded(index: int, z: Tensor) -> Tensor:
+        conv, norm = layers[index]
         settings = (*norm[:4], False, norm.momentum, norm.eps)
-        z = conv_bn_act(z, weight, None, *settings, padding=layer.conv1.padding)
+        return conv_bn_act(z, conv.conv_weight, None, *settings, padding=conv.padding)
+
+    begin = x.size(1)
+    for index, layer in enumerate(layers):
+        z = (narrow or folded)(index, normalised(layer.conv1, begin))
+        norm = layer.conv2
         new = convolution(z, norm.conv_weight, None, 1, norm.padding, 1, 1)
+        bound.add(new)
         end = begin + new.size(1)
         buffer[:, begin:end] = new
         begin = end

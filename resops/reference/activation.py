@@ -16,8 +16,14 @@ MASKED_ACTIVATIONS = ("relu", "leaky_relu")
 SMOOTH_ACTIVATIONS = ("silu", "gelu")
 
 
-def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
-    """act(z); gelu is the exact one, z * Phi(z). NaN stays NaN under each of them."""
+def activate(z: Tensor, activation: str, negative_slope: float | Tensor) -> Tensor:
+    """act(z); gelu is the exact one, z * Phi(z). NaN stays NaN under each of them.
+
+    Args:
+        activation: one of ACTIVATIONS, or "prelu" with a slope that is a tensor.
+    """
+    if isinstance(negative_slope, Tensor):
+        return F.prelu(z, negative_slope.to(z.dtype).reshape(1))
     if activation == "relu":
         return F.relu(z)
     if activation == "leaky_relu":

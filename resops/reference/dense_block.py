@@ -51,10 +51,10 @@ class DenseLayer(NamedTuple):
 
 def norm_relu_conv(x: Tensor, layer: NormConv) -> Tensor:
     """conv( relu( norm(x) ) )."""
-    running_mean, running_var, weight, bias, conv_weight, *settings = layer
-    affine = (weight, bias, running_mean, running_var)
+    affine = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+    settings = (layer.training, layer.momentum, layer.eps)
     z = batch_norm(x, None, *affine, *settings, "relu", 0.0)
-    return F.conv2d(z, conv_weight, padding=layer.padding)
+    return F.conv2d(z, layer.conv_weight, padding=layer.padding)
 
 
 def dense_block(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -66,21 +68,27 @@ def test_the_budget_ends_the_rounds_but_not_before_the_least_number() -> None:
 def test_rounds_with_new_memory_are_left_out_where_enough_others_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pages, calls = 0, 0
+    pages = 0
 
-    def call(every: int) -> None:
-        nonlocal pages, calls
-        calls += 1
-        if calls % every == 0:
-            pages += 2 * timing.NEW_PAGES
-            time.sleep(0.02)
+    def sample(every: int) -> Callable[..., float]:
+        calls = itertools.count(1)
+
+        def run(*_: object) -> float:
+            nonlocal pages
+            is_new = next(calls) % every == 0
+            pages += 2 * timing.NEW_PAGES if is_new else 0
+            return 9.0 if is_new else 1.0
+
+        return run
 
     monkeypatch.setattr(timing, "_pages_received", lambda: pages)
-    found = alternate({"a": lambda: call(3)}, budget_s=0.2, min_rounds=4, sample_s=0.0)
-    assert max(found.seconds["a"]) < 0.02 and calls > len(found.seconds["a"]) * 1.3
-    # Where every round has new memory, all count.
-    found = alternate({"a": lambda: call(1)}, budget_s=0.0, min_rounds=4, sample_s=0.0)
-    assert len(found.seconds["a"]) == 4 and min(found.seconds["a"]) >= 0.02
+    monkeypatch.setattr(timing, "_sample", sample(3))
+    found = alternate({"a": int}, budget_s=60.0, min_rounds=4, max_rounds=9)
+    assert found.seconds["a"] == [1.0] * 6
+    # Where every other round has new memory, too few are left.
+    monkeypatch.setattr(timing, "_sample", sample(2))
+    found = alternate({"a": int}, budget_s=60.0, min_rounds=4, max_rounds=6)
+    assert sorted(found.seconds["a"]) == [1.0] * 3 + [9.0] * 3
 
 
 def test_garbage_collection_is_as_before() -> None:

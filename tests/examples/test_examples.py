@@ -118,6 +118,16 @@ def test_early_stopping(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [never.improved(0.0) for _ in range(9)][-1] and not never.stops
 
 
+def test_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = example("training", monkeypatch)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    rates = []
+    for epoch in range(5):
+        training.set_learning_rate(optimizer, epoch, 5, 0.8, warmup=1)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.4, 0.8, 0.8 * (2 + 2**0.5) / 4, 0.4, 0.8 * (2 - 2**0.5) / 4])
+
+
 def test_what_decays(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
     decays, others = example("training", monkeypatch).weight_decay_groups(model, 0.1)
@@ -136,17 +146,28 @@ def test_wrong_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes(squares: Path) -> None:
-    """torchrun: gradients are averaged, one process writes, and it resumes."""
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["segment_unet", "train_resnet"])
+def test_two_processes(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """torchrun: both processes train, one of them prints and writes, and they resume."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command += [str(EXAMPLES / "segment_unet.py"), "--data", str(squares), *SHORT, "--sync-bn"]
-    command += ["--checkpoint", str(squares / "two.pt")]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command += ["-m", "tests.examples.with_torchvision", str(EXAMPLES / f"{name}.py")]
+    if name == "segment_unet":
+        command += ["--data", str(request.getfixturevalue("squares")), *SHORT]
+    else:
+        command += [str(request.getfixturevalue("colours")), *SHORT_RESNET]
+    command += ["--sync-bn", "--checkpoint", str(tmp_path / "two.pt")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(EXAMPLES.parent)
-    for more, lines in ((["--epochs", "1"], 1), (["--epochs", "2", "--resume"], 1)):
+    environment["PYTHONPATH"] = str(EXAMPLES)
+    for more in (["--epochs", "1"], ["--epochs", "2", "--resume"]):
         done = subprocess.run(
-            [*command, *more], env=environment, capture_output=True, text=True, timeout=500
+            [*command, *more],
+            cwd=EXAMPLES.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=500,
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("loss") == lines, done.stdout
+        assert done.stdout.count("loss") == 1, done.stdout

@@ -285,26 +285,6 @@ def test_compile_with_inductor() -> None:
     assert_same_state(fused, plain)
 
 
-def test_export_gives_operators_of_pytorch() -> None:
-    fused, plain = pair(small_net())
-    fused.eval(), plain.eval()
-    batch = torch.export.Dim("batch", min=2, max=16)
-    program = torch.export.export(fused, (image(),), dynamic_shapes=({0: batch},))
-    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert "aten.batch_norm.default" in targets
-    assert all(target.startswith("aten.") or "sym" in target for target in targets), targets
-    x = image(5)
-    assert_near(program.module()(x), plain(x))
-
-
-def test_export_names_the_arguments() -> None:
-    fused, _ = pair(Residual())
-    batch = torch.export.Dim("batch", min=2, max=16)
-    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    program = torch.export.export(fused.eval(), (x,), dynamic_shapes={"x": {0: batch}})
-    assert program.graph_signature.user_inputs == ("x",)
-
-
 # ---- explain and fold ---------------------------------------------------------------------------
 
 

@@ -396,6 +396,45 @@ def test_shared_norm() -> None:
     assert reasons(resops.fuse(model)) == {"0": "SHARED"}
 
 
+@pytest.mark.parametrize("act", [nn.Tanh, nn.Hardswish, nn.ReLU, nn.Identity])
+def test_a_norm_with_an_activation_of_its_own(act: Any) -> None:
+    """What the op does not have runs after it, also where the norm is folded into a convolution."""
+    norm = resops.nn.SyncBatchNormAct(4, act_layer=act)  # kept fused by convert_sync_batchnorm
+    fused, plain = pair(nn.Sequential(nn.Conv2d(3, 4, 3), norm))
+    assert fused_norms(fused) == ["1"]
+    assert_same_step(fused, plain, image())
+    fused.eval(), plain.eval()
+    with torch.no_grad():
+        x = image()
+        assert_near(fused(x), plain(x))
+    fused[1].act.register_forward_hook(lambda module, args, y: y + 1)
+    plain[1].act.register_forward_hook(lambda module, args, y: y + 1)
+    with torch.no_grad():
+        assert_near(fused(x), plain(x))
+
+
+class TwoNames(nn.Module):
+    """As nnU-Net's blocks: every layer is an attribute, and in a list that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(4), nn.ReLU()
+        self.layers = nn.Sequential(self.norm, self.act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_a_norm_with_two_names_in_one_place() -> None:
+    fused, plain = pair(nn.Sequential(TwoNames(), TwoNames()))
+    names = [name for name, m in plain.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert fused_norms(fused) == names == ["0.norm", "1.norm"]
+    assert_same_step(fused, plain, image(2, 4, 3, 3))
+    for model in (fused, plain):  # its place is in the list
+        model[0].layers[0] = nn.Tanh()
+    assert_same_step(fused, plain, image(2, 4, 3, 3))
+
+
 def test_filter() -> None:
     seen = []
 

@@ -18,6 +18,7 @@ import resops
 from resops.ops import convolution
 from tests.interpreter.kernels import import_kernels
 from tests.interpreter.test_backend import BLOCKS
+from tests.ops import dense_block_cases
 from tests.ops.residual_block_cases import (
     DEFINITIONS,
     OPS,
@@ -102,6 +103,17 @@ def compiled(op: str) -> None:
             torch.testing.assert_close(t, its[name], rtol=1e-3, atol=1e-3, msg=name)
 
 
+def dense_block() -> None:
+    """A layer and a transition: the definition's phases between Triton's."""
+    args = dense_block_cases.block(torch.float32, layers=1, size=(2, 4, 4))
+    its = dense_block_cases.results(dense_block_cases.definition, dense_block_cases.fresh(args))
+    with fused_by_triton() as calls:
+        mine = dense_block_cases.results(resops.functional.dense_block, args)
+    assert calls == dict.fromkeys(PHASES, 3)  # two convolutions of the layer, and the transition's
+    for name, t in mine.items():
+        torch.testing.assert_close(t, its[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
 CALLS: dict[str, Callable[[], None]] = {
     f"near_to_float64-{op}-{shortcut}": functools.partial(
         near_to_float64, op, shortcut == "projection"
@@ -110,3 +122,4 @@ CALLS: dict[str, Callable[[], None]] = {
 }
 CALLS |= {f"compiled-{op}": functools.partial(compiled, op) for op in OPS}
 CALLS["relu_and_its_mask"] = relu_and_its_mask
+CALLS["dense_block"] = dense_block

@@ -32,6 +32,7 @@ NAMES = [
     "compiled-basic_block",
     "compiled-bottleneck",
     "relu_and_its_mask",
+    "dense_block",
 ]
 
 

@@ -17,11 +17,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import resops
 from resops.models import create_model, list_models
-from resops.nn import BatchNormAct2d
 from tests.dispatch import counted_calls
+from tests.models.twins import distance, wild
 from tests.torchvision_ops import torchvision
 
 # One thread: on images this small a second one mostly waits.
@@ -33,15 +34,7 @@ CL = torch.channels_last
 
 def pair(name: str, **kwargs: Any) -> tuple[Any, Any]:
     """Ours and torchvision's, with the same weights and with statistics as after some training."""
-    ours = create_model(name, **kwargs)
-    with torch.no_grad():
-        for module in ours.modules():
-            if isinstance(module, BatchNormAct2d):
-                assert module.running_mean is not None and module.running_var is not None
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.5, 2)
-                module.weight.uniform_(0.5, 1.2)
-                module.bias.normal_(0, 0.2)
+    ours = wild(create_model(name, **kwargs))
     theirs = getattr(torchvision().models, name)(**kwargs)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return ours, theirs
@@ -55,10 +48,6 @@ def evaluated(name: str) -> tuple[Any, Any, Tensor, Tensor]:
     with torch.no_grad():
         exact = copy.deepcopy(theirs).double().eval()(x.double())
     return ours.eval(), theirs.eval(), x, exact
-
-
-def distance(y: Tensor, exact: Tensor) -> float:
-    return float((y.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -308,8 +297,71 @@ def test_image_channels_and_classes() -> None:
         create_model("resnet18", groups=2)
 
 
+WIDE = ["resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"]
+# As torchvision's documentation has them (docs.pytorch.org/vision/stable/models.html).
+PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "resnext50_32x4d": 25_028_904,
+    "resnext101_32x8d": 88_791_336,
+    "wide_resnet50_2": 68_883_240,
+    "wide_resnet101_2": 126_886_696,
+}
+# Multiplications with an addition of an image of 224x224, in 1e9: He et al., 2015, Table 1.
+FLOPS = {"resnet18": 1.8, "resnet34": 3.6, "resnet50": 3.8, "resnet101": 7.6, "resnet152": 11.3}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_as_many_as_published(name: str) -> None:
+    with torch.device("meta"):
+        model = create_model(name)
+        theirs = getattr(torchvision().models, name)()
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("name", FLOPS)
+def test_operations_are_as_many_as_published(name: str) -> None:
+    """With the stride of the paper. It gives two digits, and seems to cut some off; its shortcuts
+    without parameters in ResNet-34 are 0.5 % less."""
+    with torch.device("meta"):
+        model = create_model(name, stride_in_1x1=True).eval()
+        x = torch.empty(1, 3, 224, 224)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(FLOPS[name], rel=0.02)
+
+
+def test_resnext_is_torchvisions() -> None:
+    """Initial weights and logits in evaluation; the others are the same code in other sizes."""
+    torch.manual_seed(5)
+    ours: Any = create_model("resnext50_32x4d", num_classes=3).eval()
+    torch.manual_seed(5)
+    theirs = torchvision().models.resnext50_32x4d(num_classes=3).eval()
+    for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        x = torch.randn(1, 3, 33, 33)
+        assert distance(ours(x), theirs(x)) <= 1e-5
+
+
+def test_stride_of_the_paper() -> None:
+    """In the first 1x1 of a bottleneck: the same state, and another network."""
+    strides = {}
+    for first in (True, False):
+        with torch.device("meta"):
+            model: Any = create_model("resnet50", stride_in_1x1=first)
+        strides[first] = [model.layer2[0].conv1.stride[0], model.layer2[0].conv2.stride[0]]
+        assert [model.layer1[0].conv1.stride[0], model.layer2[1].conv1.stride[0]] == [1, 1]
+    assert strides == {True: [2, 1], False: [1, 2]}
+
+
 def test_list_models() -> None:
-    assert set(NAMES) <= set(list_models())
+    assert {*NAMES, *WIDE} <= set(list_models())
     assert list_models("resnet1?") == ["resnet18"]
     assert list_models("none of them*") == []
 

@@ -60,12 +60,13 @@ def narrow_convnext(**kwargs: Any) -> ConvNeXt:
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_vgg_initial_weights_and_features_are_torchvisions(batch_norm: bool) -> None:
+def test_vgg_features_are_torchvisions(batch_norm: bool) -> None:
     name = "vgg11_bn" if batch_norm else "vgg11"
-    features = []
+    features: list[Any] = []
     for make in (create_model, lambda name: getattr(torchvision().models, name)()):
         with torch.device("meta"):
-            features.append(make(name).features.to_empty(device="cpu"))
+            model: Any = make(name)
+        features.append(model.features.to_empty(device="cpu"))
     ours, theirs = features
     generator = torch.Generator().manual_seed(0)
     state = {

@@ -669,7 +669,7 @@ def test_signature_of_torchvision(dims: int) -> None:
         {"norm_layer": None},
         {"norm_layer": None, "activation_layer": None, "bias": False},
         {"norm_layer": functools.partial(nn.BatchNorm2d, eps=0.1)},
-        {"norm_layer": lambda channels: nn.GroupNorm(2, channels)},
+        {"norm_layer": functools.partial(nn.GroupNorm, 2)},
     ],
     ids=str,
 )

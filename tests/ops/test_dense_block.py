@@ -18,6 +18,7 @@ from torch import Tensor
 
 import resops
 from bench.session import saved_bytes
+from resops import _dispatch
 from resops.functional import DenseLayer, NormConv, dense_block, transition
 from resops.ops.dense_block import fallback_reason
 from tests.accuracy import UNIT_ROUNDOFF
@@ -34,6 +35,7 @@ from tests.ops.dense_block_cases import (
     results,
     tensors_of,
 )
+from tests.ops.residual_block_cases import CONVOLUTIONS
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
@@ -77,6 +79,13 @@ def test_equal_to_the_definition(training: bool, options: dict[str, Any]) -> Non
     assert calls["dense_block_apply"] == 2 * consumers
     assert calls["dense_block_accumulate"] == consumers
     assert_equal_results(mine, its)
+
+
+@modes
+def test_memory_is_written_before_it_is_read(training: bool, poisoned_memory: None) -> None:
+    for last in (True, False):
+        args = block(F64, training=training, transition=last)
+        assert_equal_results(results(dense_block, fresh(args)), results(definition, fresh(args)))
 
 
 def test_without_running_statistics() -> None:
@@ -371,6 +380,22 @@ def test_same_bits_for_any_number_of_threads() -> None:
         assert torch.equal(one[name], two[name]), name
 
 
+@modes
+@pytest.mark.parametrize("how", ["library", "fused"])
+def test_without_kernels_of_its_own(
+    how: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the definition's phases between another op's kernels, and convolutions with
+    prologue, statistics and sums."""
+    monkeypatch.setitem(_dispatch._KERNELS["native"], "dense_block", frozenset())
+    args = block(F64, training=training)
+    its = results(definition, fresh(args))
+    with CONVOLUTIONS[how](), counted_calls() as calls:
+        mine = results(dense_block, fresh(args))
+    assert calls["dense_block_apply"] == 0
+    assert_equal_results(mine, its)
+
+
 def test_backend_reference_is_the_definition() -> None:
     args = block(F64)
     with resops.backend("reference"), counted_calls() as calls:
@@ -445,7 +470,7 @@ def _bad_calls() -> dict[str, tuple[Any, type[Exception], str]]:
         "no tensor": (good._replace(x=[1.0]), TypeError, "'input' must be Tensor"),
         "no layer": (second((narrow, wide)), TypeError, "layer 2 must be DenseLayer, not tuple"),
         "no norm": (
-            second(DenseLayer(narrow, None)),  # type: ignore[arg-type]
+            second(DenseLayer(narrow, None)),
             TypeError,
             "layer 2, conv2 must be NormConv, not NoneType",
         ),
@@ -456,17 +481,12 @@ def _bad_calls() -> dict[str, tuple[Any, type[Exception], str]]:
 @pytest.mark.parametrize("case", list(_bad_calls()))
 def test_refused_before_anything_is_written(case: str) -> None:
     args, error, message = _bad_calls()[case]
-    parts = [
-        part
-        for layer in args.layers
-        for part in layer
-        if isinstance(part, NormConv) and part.running_mean is not None
-    ]
-    before = [part.running_mean.clone() for part in parts]
+    parts = [p for layer in args.layers for p in layer if isinstance(p, NormConv)]
+    statistics = [p.running_mean for p in parts if p.running_mean is not None]
+    before = [t.clone() for t in statistics]
     with pytest.raises(error, match=message):
         dense_block(*args)
-    for part, statistic in zip(parts, before, strict=True):
-        assert torch.equal(part.running_mean, statistic)
+    assert all(map(torch.equal, statistics, before))
 
 
 def test_drop_rate_is_a_probability() -> None:

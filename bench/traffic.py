@@ -1,0 +1,70 @@
+"""Bytes that the operators of a call read and write, counted from the sizes of their tensors.
+
+Every operator is taken to read each of its inputs and to write each of its outputs once, as if no
+cache held anything between two operators. That is the smallest traffic of each, and the same rule
+for all providers; it says nothing about time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# They allocate, and touch nothing.
+_ALLOCATIONS = ("aten::empty", "aten::new_empty")
+
+
+def _nbytes(t: Tensor) -> int:
+    """Of the elements that there are, an expanded one counted once."""
+    count = 1
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        count *= size if stride else min(size, 1)
+    return count * t.element_size()
+
+
+def _is_view(schema: Any) -> bool:
+    aliases = [r.alias_info for r in schema.returns]
+    return any(a is not None and not a.is_write for a in aliases)
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if _is_view(func._schema) or name.startswith(_ALLOCATIONS):
+            return result
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        if name.startswith("resops::dense_block"):
+            self.bytes[name] += _dense_block(name, args, result)
+        else:
+            self.bytes[name] += sum(map(_nbytes, tensors))
+        return result
+
+
+def _dense_block(name: str, args: Any, result: Any) -> int:
+    """Of a buffer these operators read and write some channels only."""
+    if name.endswith("apply"):
+        return 2 * _nbytes(args[-1])
+    if name.endswith("accumulate"):
+        grad_y, total, first = args[0], args[6], args[8]
+        size = grad_y.numel() * total.element_size()
+        return 2 * _nbytes(grad_y) + (1 if first else 2) * size
+    read = [t for t in args[:3] if t is not None]
+    return _nbytes(result) + sum(result.numel() * t.element_size() for t in read)
+
+
+def count(call: Callable[[], object]) -> Counter[str]:
+    """Bytes of one call, by the name of the operator."""
+    with _Count() as counter:
+        call()
+    return counter.bytes

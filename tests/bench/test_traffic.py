@@ -1,0 +1,35 @@
+"""The counter of bytes: views and memory that is not touched cost nothing, slices what they are."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.traffic import count
+from resops.functional import dense_block
+from tests.ops.dense_block_cases import block
+
+
+def test_operators() -> None:
+    x, y = torch.ones(10, 4), torch.ones(1, 4)
+
+    def call() -> None:
+        torch.empty(1000)
+        (x.t() + y.expand(10, 4).t()).relu_()
+
+    assert count(call) == {"aten::add": 4 * (40 + 4 + 40), "aten::relu_": 2 * 160}
+
+
+def test_consumers_of_a_buffer(native: None) -> None:
+    args = block(torch.float32, layers=2, transition=False, channels=6, growth=4, size=(2, 3, 5))
+    pixel = 2 * 3 * 5 * 4
+
+    def call() -> None:
+        dense_block(*args).backward(torch.ones(2, 14, 3, 5))
+
+    bytes_of = {name: n / pixel for name, n in count(call).items() if "dense_block" in name}
+    assert bytes_of == {
+        "resops::dense_block_apply": 2 * 2 * (6 + 10),  # both consumers, there and back
+        "resops::dense_block_accumulate": (2 + 1) * 10 + (2 + 2) * 6,
+        # The last 4 channels have no consumer: the buffer, dy and the gradient; the others a sum.
+        "resops::dense_block_gradient": 3 * 4 + 4 * 4 + 4 * 6,
+    }
