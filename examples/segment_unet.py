@@ -23,7 +23,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training import EarlyStopping, Processes, bar, load, processes, save, weight_decay_groups
+from training import (
+    EarlyStopping,
+    Processes,
+    bar,
+    load,
+    processes,
+    save,
+    set_learning_rate,
+    weight_decay_groups,
+)
 
 import resops
 from resops.models import create_model, overlap_tile
@@ -163,9 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> float:
         optimizer = torch.optim.AdamW(
             weight_decay_groups(network, options.weight_decay), lr=options.lr
         )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
         stopping = EarlyStopping(options.patience)
-        parts = {"model": network, "optimizer": optimizer, "schedule": schedule, "stop": stopping}
+        parts = {"model": network, "optimizer": optimizer, "stop": stopping}
         first = 0
         if options.resume:
             state = load(options.checkpoint, here.device)
@@ -174,8 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> float:
             first = state["epoch"] + 1
         model = here.wrap(network)
         for epoch in range(first, options.epochs):
+            set_learning_rate(optimizer, epoch, options.epochs, options.lr)
             loss = train_epoch(model, optimizer, train_pairs, options, here, epoch)
-            schedule.step()
             # Running statistics differ between processes: each tests its own, and all agree.
             loss, iou = here.mean(loss, test_iou(network, test_pairs, options.crop))
             best = stopping.improved(iou)

@@ -20,7 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
-from training import EarlyStopping, Processes, bar, load, processes, save, weight_decay_groups
+from training import (
+    EarlyStopping,
+    Processes,
+    bar,
+    load,
+    processes,
+    save,
+    set_learning_rate,
+    weight_decay_groups,
+)
 
 import resops
 from resops.models import create_model, list_models
@@ -191,14 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> float:
         optimizer = torch.optim.SGD(
             weight_decay_groups(network, options.weight_decay), rate, momentum=options.momentum
         )
-        warmup = min(options.warmup, max(options.epochs - 1, 0))
-        schedulers = torch.optim.lr_scheduler
-        schedule = schedulers.CosineAnnealingLR(optimizer, max(options.epochs - warmup, 1))
-        if warmup:
-            rise = schedulers.LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)
-            schedule = schedulers.SequentialLR(optimizer, [rise, schedule], [warmup])
         stopping = EarlyStopping(options.patience)
-        parts = {"model": network, "optimizer": optimizer, "schedule": schedule, "stop": stopping}
+        parts = {"model": network, "optimizer": optimizer, "stop": stopping}
         first = 0
         if options.resume:
             state = load(options.checkpoint, here.device)
@@ -207,8 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> float:
             first = state["epoch"] + 1
         model = here.wrap(network)
         for epoch in range(first, options.epochs):
+            set_learning_rate(optimizer, epoch, options.epochs, rate, options.warmup)
             loss = train_epoch(model, optimizer, train_loader, options, here, epoch)
-            schedule.step()
             loss, metric = here.mean(loss, accuracy(network, test_loader, here))
             best = stopping.improved(metric)
             if here.is_first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -121,6 +122,16 @@ class EarlyStopping:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.best, self.waited = state["best"], int(state["waited"])
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, epoch: int, epochs: int, peak: float, warmup: int = 0
+) -> None:
+    """Linear warm-up, then half of a cosine. It depends on the epoch and nothing else, so that a
+    run may be resumed with another number of epochs."""
+    decay = 0.5 * (1 + math.cos(math.pi * max(epoch - warmup, 0) / max(epochs - warmup, 1)))
+    for group in optimizer.param_groups:
+        group["lr"] = peak * min(1.0, (epoch + 1) / (warmup + 1)) * decay
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ def cases(device: torch.device) -> dict[str, tuple[Call, Call]]:
     running = [torch.zeros(C, device=device), torch.ones(C, device=device)]
     weight = torch.ones(C, device=device, requires_grad=True)
     bias = torch.zeros(C, device=device, requires_grad=True)
-    p = (*running, weight, bias)
+    p: Any = (*running, weight, bias, True)
 
     def function(x: Tensor) -> Tensor:
         args: Any = (x, None, weight, bias, *running, True, 0.1, 1e-5, "identity", 0.0)
@@ -59,14 +59,14 @@ def cases(device: torch.device) -> dict[str, tuple[Call, Call]]:
     alone = resops.nn.BatchNormAct2d(C, apply_act=False).to(device)
     return {
         "F.batch_norm: op": (
-            lambda x: F.batch_norm(x, *p, True),
-            lambda x: batch_norm_act(x, *p, True, activation=None),
+            lambda x: F.batch_norm(x, *p),
+            lambda x: batch_norm_act(x, *p, activation=None),
         ),
         "F.batch_norm: op with ReLU": (
-            lambda x: F.batch_norm(x, *p, True),
-            lambda x: batch_norm_act(x, *p, True),
+            lambda x: F.batch_norm(x, *p),
+            lambda x: batch_norm_act(x, *p),
         ),
-        "F.batch_norm: Function in Python": (lambda x: F.batch_norm(x, *p, True), function),
+        "F.batch_norm: Function in Python": (lambda x: F.batch_norm(x, *p), function),
         "nn.BatchNorm2d: layer": (block.norm, alone),
         "nn.BatchNorm2d: layer with ReLU": (block.norm, layer),
         "block BN+ReLU: fused": (block, fused),

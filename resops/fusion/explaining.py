@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _dispatch
+from ..nn.batch_norm import NormAct
+from ..nn.norm_layers import NormThenAct
 from . import observer
 from .fusing import fuse_report, fused_blocks, join
 from .report import FuseReport
@@ -103,8 +105,45 @@ def _is_dense(x: Tensor) -> bool:
     )
 
 
+def _layer_paths(model: nn.Module, inputs: tuple[Any, ...]) -> list[Path]:
+    """Of every norm layer of resops.nn, in the order of the calls."""
+    paths: list[Path] = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def hear(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        path, why = _layer_path(layer, args[0])
+        act = type(layer.act).__name__
+        pattern = type(layer).__name__ + ("" if act == "Identity" else f"+{act}")
+        paths.append(Path(names[layer], pattern, path, why))
+
+    for module in names:
+        if isinstance(module, NormAct | NormThenAct):
+            module.register_forward_pre_hook(hear)
+    if any(isinstance(module, NormAct | NormThenAct) for module in names):
+        with torch.random.fork_rng():
+            model(*inputs)
+    return paths
+
+
+def _layer_path(layer: nn.Module, x: Tensor) -> tuple[str, str]:
+    """Which kernels a norm layer takes for ``x``, and why no better ones."""
+    if isinstance(layer, NormThenAct):
+        return "its own forward", f"{type(layer.norm).__name__} has no fused form"
+    assert isinstance(layer, NormAct)
+    tensors = [x, *layer.parameters()] if isinstance(layer, nn.GroupNorm) else []
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "torch", "group norm has kernels where no gradient is recorded"
+    path = _dispatch.choose("batch_norm", x)
+    rest = layer.epilogue()[2]
+    after = [f"{type(module).__name__} has no fused form and runs after it" for module in rest]
+    return path, "; ".join([*after, *filter(None, [_why(path, x)])])
+
+
 def explain(model: nn.Module, *inputs: Any) -> Explanation:
     """Call a fused model, and tell which path every fused step took, and why no better one.
+
+    Of a model that was not fused, but made of the layers of resops.nn, such as those of
+    resops.models, it tells the path of every norm layer.
 
     The call is made on a copy, in the model's mode (training or evaluation) and the caller's (such
     as ``torch.no_grad``): statistics, random numbers and hooks of the model stay as they are.
@@ -118,12 +157,15 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: nothing in it is fused.
+        ValueError: nothing in it is fused, and there is no norm of resops.nn.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain expects an nn.Module, but got {type(model).__name__}")
     if next(fused_blocks(model), None) is None:
-        raise ValueError("nothing in the model is fused: call resops.fuse(model) first")
+        paths = _layer_paths(copy.deepcopy(model), inputs)
+        if not paths:
+            raise ValueError("nothing in the model is fused: call resops.fuse(model) first")
+        return Explanation(tuple(paths), FuseReport((), ()))
     other = copy.deepcopy(model)
     listener = _Listener(other)
     with torch.random.fork_rng(), observer.listen(listener.hear):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import _dispatch
-from ..nn.batch_norm import BatchNormAct, NormAct
+from ..nn.batch_norm import NormAct
 from . import layers
 from .blocks import FusedBlock, fused_class, swap_class
 from .blueprint import Blueprint, blueprint, has_forward
@@ -77,7 +77,7 @@ class Analysis:
 def _is_container(norm: nn.Module) -> bool:
     """Whether the forward of ``norm`` itself can be replaced: timm's, with its activation."""
     kind = layers.norm_kind(norm)
-    return kind is not None and kind.has_activation and not isinstance(norm, BatchNormAct)
+    return kind is not None and kind.has_activation and not isinstance(norm, NormAct)
 
 
 def _holders(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:

@@ -327,9 +327,10 @@ class Matcher:
     def _nothing_beside(self, norm: fx.Node) -> tuple[Reason, str]:
         """Why the norm stands alone: what comes after it says it."""
         own = self.module(norm)._modules.get("act")
-        why = None if own is None else layers.activation_refusal(own)
-        if why is not None and not layers.is_activation(own):
-            return why
+        if own is not None and not layers.is_activation(own):
+            why = layers.activation_refusal(own)
+            if why is not None:
+                return why
         node = norm
         while (user := self._next(node, set())) is not None:
             if user.op != "call_module":

@@ -20,7 +20,7 @@ from ..fusion import fuse
 __all__ = ["nnUNetTrainerResops"]
 
 
-class nnUNetTrainerResops(nnUNetTrainer):  # type: ignore[misc]
+class nnUNetTrainerResops(nnUNetTrainer):
     """nnU-Net's trainer with :func:`resops.fuse` on the network that its plans describe.
 
     Training and inference build the network here, before they compile or wrap it. Checkpoints are

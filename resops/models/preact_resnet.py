@@ -228,7 +228,7 @@ class PreActResNet(Backbone):
 
     def forward_intermediates(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """The maps ``indices``: 0 for the stem's convolution, then the stages', not normalised."""
-        y = self.stem.conv(x)
+        y: Tensor = self.stem[0](x)
         maps = [y]
         for i in range(max(indices)):
             y = self.stages[i](self.stem[1:](y) if i == 0 else y)

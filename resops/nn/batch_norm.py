@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -192,6 +193,13 @@ class NormAct(nn.Module):
             if residual is not None:
                 y = y + residual
         return self.act(y)
+
+
+def makes_norm_act(layer: Any) -> bool:
+    """Whether ``layer`` is a class of norm with activation, perhaps in a ``functools.partial``."""
+    while isinstance(layer, functools.partial):
+        layer = layer.func
+    return isinstance(layer, type) and issubclass(layer, NormAct)
 
 
 class BatchNormAct(NormAct, _BatchNorm):

@@ -16,6 +16,7 @@ from .batch_norm import (
     BatchNormAct3d,
     NormAct,
     is_plain,
+    makes_norm_act,
 )
 from .sync_batch_norm import SyncBatchNormAct
 
@@ -267,7 +268,7 @@ class _ConvNormActivation(nn.Sequential):
         )
         layers = [conv]
         inplace_kwargs = {} if inplace is None else {"inplace": inplace}
-        if _makes_norm_act(norm_layer):
+        if makes_norm_act(norm_layer):
             assert norm_layer is not None
             layers.append(norm_layer(out_channels, act_layer=activation_layer, **inplace_kwargs))
         else:
@@ -304,12 +305,6 @@ class _ConvNormActivation(nn.Sequential):
         for layer in layers:
             y = layer(y)
         return y
-
-
-def _makes_norm_act(norm_layer: Any) -> bool:
-    while hasattr(norm_layer, "func"):  # functools.partial
-        norm_layer = norm_layer.func
-    return isinstance(norm_layer, type) and issubclass(norm_layer, NormAct)
 
 
 class Conv2dNormActivation(_ConvNormActivation):

@@ -49,11 +49,11 @@ def instance_normalize(
     if traced_to_aten():
         y = norm._apply_instance_norm(x)
         return activate(y if residual is None else y + residual, activation, negative_slope)
-    running = (norm.running_mean, norm.running_var)
     if norm.track_running_stats and not norm.training:
         return functional.batch_norm_act(
             x,
-            *running,
+            norm.running_mean,
+            norm.running_var,
             norm.weight,
             norm.bias,
             eps=norm.eps,
@@ -67,11 +67,13 @@ def instance_normalize(
         raise ValueError(
             f"Expected more than 1 spatial element when training, got input size {tuple(x.shape)}"
         )
-    # Every sample updates a copy of its own; torch's too is their mean.
-    copies = [None if t is None or recomputing() else t.repeat(N) for t in running]
+    # Every sample updates a copy of its own; the running ones are their mean, as in torch.
+    running = (norm.running_mean, norm.running_var)
+    means, variances = (None if t is None or recomputing() else t.repeat(N) for t in running)
     y = functional.batch_norm_act(
         x.reshape(size),
-        *copies,
+        means,
+        variances,
         _per_sample(norm.weight, N),
         _per_sample(norm.bias, N),
         True,
@@ -81,7 +83,7 @@ def instance_normalize(
         activation=activation,
         negative_slope=negative_slope,
     )
-    for statistic, copy in zip(running, copies, strict=True):
+    for statistic, copy in zip(running, (means, variances), strict=True):
         if statistic is not None and copy is not None and N > 0:
             statistic.copy_(copy.view(N, C).mean(0))
     return y.view(x.shape)
@@ -126,7 +128,7 @@ class InstanceNormAct(NormAct, nn.modules.instancenorm._InstanceNorm):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = False,
         track_running_stats: bool = False,
         apply_act: bool = True,
@@ -138,7 +140,13 @@ class InstanceNormAct(NormAct, nn.modules.instancenorm._InstanceNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+            num_features,
+            eps,
+            momentum,  # type: ignore[arg-type] # torch takes None, too, as _NormBase declares it
+            affine,
+            track_running_stats,
+            device=device,
+            dtype=dtype,
         )
         self._set_epilogue(apply_act, act_layer, act_kwargs, inplace, drop_layer)
 
@@ -159,7 +167,7 @@ class InstanceNormAct2d(InstanceNormAct, nn.InstanceNorm2d):
     Args:
         num_features: C.
         eps: added to the variance, inside the root.
-        momentum: weight of a batch in the running statistics.
+        momentum: weight of a batch in the running statistics; None, as in torch: 0.
         affine: learn weight and bias, (C,) each.
         track_running_stats: keep running statistics and normalise with them in evaluation.
         apply_act, act_layer, act_kwargs, inplace, drop_layer: as in :class:`BatchNormAct2d`.

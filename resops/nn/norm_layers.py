@@ -16,10 +16,10 @@ from .batch_norm import (
     BatchNormAct1d,
     BatchNormAct2d,
     BatchNormAct3d,
-    NormAct,
     create_activation,
     fused_activation,
     is_plain,
+    makes_norm_act,
 )
 from .batch_norm_variants import BatchRenormAct2d, GhostBatchNormAct2d
 from .bias_act import BiasAct
@@ -119,15 +119,9 @@ def create_norm_act(
                 f"norm_layer must be None, a class or one of {names}, but got {norm_layer!r}"
             )
         norm_layer = known[norm_layer]
-    elif not _makes_norm_act(norm_layer):
+    elif not makes_norm_act(norm_layer):
         return _with_activation(norm_layer(channels), act_layer if apply_act else None)
     return norm_layer(channels, act_layer=act_layer, apply_act=apply_act)
-
-
-def _makes_norm_act(layer: Any) -> bool:
-    while isinstance(layer, functools.partial):
-        layer = layer.func
-    return isinstance(layer, type) and issubclass(layer, NormAct)
 
 
 def _with_activation(norm: nn.Module, act_layer: ActLayer) -> nn.Module:

@@ -118,6 +118,16 @@ def test_early_stopping(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [never.improved(0.0) for _ in range(9)][-1] and not never.stops
 
 
+def test_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = example("training", monkeypatch)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    rates = []
+    for epoch in range(5):
+        training.set_learning_rate(optimizer, epoch, 5, 0.8, warmup=1)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.4, 0.8, 0.8 * (2 + 2**0.5) / 4, 0.4, 0.8 * (2 - 2**0.5) / 4])
+
+
 def test_what_decays(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
     decays, others = example("training", monkeypatch).weight_decay_groups(model, 0.1)

@@ -25,6 +25,7 @@ FUSED = {
     "smp Unet": 1.0,
     "smp FPN": 1.0,
 }
+SLOW = {"DynUNet", "smp Unet", "smp FPN"}  # a second and more each
 
 
 @pytest.mark.models
@@ -85,7 +86,10 @@ def networks() -> dict[str, Any]:
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("name", list(FUSED))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FUSED],
+)
 def test_networks(name: str) -> None:
     """Numbers in float64, keys, and a report in which every norm stands once."""
     torch.manual_seed(0)

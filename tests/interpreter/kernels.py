@@ -47,7 +47,7 @@ def _prepare_the_language_once() -> None:
     of all that is in the module. The list is always the same, and a function needs what its launch
     did not do at its first call only. All else was most of the time of these tests."""
     language = importlib.import_module("triton.language")
-    interpreter = importlib.import_module("triton.runtime.interpreter")
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
 
     @functools.cache
     def builtins(place: Any) -> list[str]:

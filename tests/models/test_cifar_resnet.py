@@ -47,7 +47,8 @@ def test_equals_its_twin(shortcut: str | None, native: None) -> None:
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts_and_autocast(layout: torch.memory_format, dtype: torch.dtype) -> None:
-    model: Any = create_model("resnet20").to(memory_format=layout)
+    model: Any = create_model("resnet20")
+    model = model.to(memory_format=layout)
     x = torch.randn(2, 3, 16, 16).contiguous(memory_format=layout)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         y = model(x)
@@ -59,7 +60,8 @@ def test_layouts_and_autocast(layout: torch.memory_format, dtype: torch.dtype) -
 
 def test_shortcut_without_parameters_is_the_papers() -> None:
     """Figure 3: every second pixel, and zeros for the channels that are new."""
-    block: Any = CifarResNet(8).layer2[0]
+    model: Any = CifarResNet(8)
+    block = model.layer2[0]
     x = torch.randn(2, 16, 6, 7)
     y = block.downsample(x)
     assert torch.equal(y[:, :16], x[:, :, ::2, ::2]) and not y[:, 16:].any()
@@ -68,7 +70,8 @@ def test_shortcut_without_parameters_is_the_papers() -> None:
 
 def test_a_plain_network_has_no_shortcuts() -> None:
     """A block whose branch is 0 is 0, and not its input."""
-    block: Any = CifarResNet(8, shortcut=None).layer1[0].eval()
+    model: Any = CifarResNet(8, shortcut=None)
+    block = model.layer1[0].eval()
     nn.init.zeros_(block.bn2.weight)
     with torch.no_grad():
         assert not block(torch.randn(2, 16, 4, 4)).any()

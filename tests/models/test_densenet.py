@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import resops
 from bench.session import channels_last, saved_bytes
 from resops.models import DenseNet, create_model, list_models
-from resops.nn import BatchNormAct2d
 from tests.dispatch import counted_calls
+from tests.models.twins import wild
 from tests.torchvision_ops import torchvision
 
 # One thread: on images this small a second one mostly waits.
@@ -32,15 +32,7 @@ CONSUMERS = 2 + 3 + 2 + 2 + 3  # layers and transitions
 def pair(**kwargs: Any) -> tuple[Any, Any]:
     """A small network of ours and torchvision's, the same state, statistics as after training."""
     torch.manual_seed(3)
-    ours = DenseNet(*SMALL, num_classes=5, **kwargs)
-    with torch.no_grad():
-        for module in ours.modules():
-            if isinstance(module, BatchNormAct2d):
-                assert module.running_mean is not None and module.running_var is not None
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.5, 2)
-                module.weight.uniform_(0.5, 1.2)
-                module.bias.normal_(0, 0.2)
+    ours = wild(DenseNet(*SMALL, num_classes=5, **kwargs))
     theirs = torchvision().models.DenseNet(*SMALL, num_classes=5)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return ours, theirs

@@ -170,6 +170,27 @@ def test_norms_and_activations_without_fused_form() -> None:
     torch.testing.assert_close(block(x), torch.tanh(norm(block.conv2(inner)) + x))
 
 
+def test_explain_says_what_has_no_fused_form(native: None) -> None:
+    x = torch.randn(2, 3, 8, 8)
+
+    def paths(**options: Any) -> set[tuple[str, str, str]]:
+        model = CifarResNet(8, **options)
+        rows = resops.explain(model, x).paths
+        assert [row.name for row in rows][:2] == ["bn1", "layer1.0.bn1"]
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        return {(row.pattern, row.path, row.why) for row in rows}
+
+    assert paths() == {("BatchNormAct2d+ReLU", "native", "")}
+    after = "Tanh has no fused form and runs after it"
+    assert ("BatchNormAct2d+Tanh", "native", after) in paths(act_layer="tanh")
+    own = ("NormThenAct+ReLU", "its own forward", "LocalResponseNorm has no fused form")
+    assert own in paths(norm_layer=lambda channels: nn.LocalResponseNorm(2))
+    with torch.no_grad():
+        assert ("GroupNormAct+ReLU", "native", "") in paths(norm_layer="group")
+    row = ("torch", "group norm has kernels where no gradient is recorded")
+    assert ("GroupNormAct+ReLU", *row) in paths(norm_layer="group")
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_options_of_the_large_networks(name: str) -> None:
     """The same code; a shallow look at each: every parameter is reached."""

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import resops
 from resops.models import create_model, list_models
-from resops.nn import BatchNormAct2d
 from tests.dispatch import counted_calls
+from tests.models.twins import distance, wild
 from tests.torchvision_ops import torchvision
 
 # One thread: on images this small a second one mostly waits.
@@ -34,15 +34,7 @@ CL = torch.channels_last
 
 def pair(name: str, **kwargs: Any) -> tuple[Any, Any]:
     """Ours and torchvision's, with the same weights and with statistics as after some training."""
-    ours = create_model(name, **kwargs)
-    with torch.no_grad():
-        for module in ours.modules():
-            if isinstance(module, BatchNormAct2d):
-                assert module.running_mean is not None and module.running_var is not None
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.5, 2)
-                module.weight.uniform_(0.5, 1.2)
-                module.bias.normal_(0, 0.2)
+    ours = wild(create_model(name, **kwargs))
     theirs = getattr(torchvision().models, name)(**kwargs)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return ours, theirs
@@ -56,10 +48,6 @@ def evaluated(name: str) -> tuple[Any, Any, Tensor, Tensor]:
     with torch.no_grad():
         exact = copy.deepcopy(theirs).double().eval()(x.double())
     return ours.eval(), theirs.eval(), x, exact
-
-
-def distance(y: Tensor, exact: Tensor) -> float:
-    return float((y.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("name", NAMES)

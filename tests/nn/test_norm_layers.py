@@ -51,8 +51,8 @@ def test_three_dimensions(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_bias(shared: bool, dtype: torch.dtype, native: None) -> None:
     """One pass; gradients as autograd's own."""
-    layer = BiasAct(5, shared=shared)
-    assert layer.bias is not None and layer.bias.shape == ((1,) if shared else (5,))
+    layer: Any = BiasAct(5, shared=shared)
+    assert layer.bias.shape == ((1,) if shared else (5,))
     assert list(layer.state_dict()) == ["bias"]
     nn.init.normal_(layer.bias)
     x, residual = (torch.randn(3, 5, 2, 4).to(dtype) for _ in range(2))
@@ -60,6 +60,7 @@ def test_bias(shared: bool, dtype: torch.dtype, native: None) -> None:
     with counted_calls() as calls:
         y = layer(x, residual)
     assert calls["batch_norm_forward"] == 1 and y.dtype == dtype
+    assert layer.bias is not None
     bias = layer.bias.detach().double().expand(5).clone().requires_grad_()
     expected = F.relu(x.double() + bias.view(1, 5, 1, 1) + residual.double())
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]

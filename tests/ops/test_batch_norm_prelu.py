@@ -27,11 +27,13 @@ def parameters(affine: bool = True, slope: float = 0.25) -> dict[str, Any]:
     }
 
 
-def statistics() -> list[Tensor]:
-    return [torch.full((4,), 0.2).double(), torch.full((4,), 1.5).double()]
+def statistics() -> tuple[Tensor, Tensor]:
+    return torch.full((4,), 0.2).double(), torch.full((4,), 1.5).double()
 
 
-def composed(x: Tensor, running: list[Tensor], training: bool, p: dict[str, Any]) -> Tensor:
+def composed(
+    x: Tensor, running: tuple[Tensor, Tensor], training: bool, p: dict[str, Any]
+) -> Tensor:
     z = F.batch_norm(x, *running, p["weight"], p["bias"], training, 0.1, 1e-5)
     return F.prelu(z, p["negative_slope"])
 

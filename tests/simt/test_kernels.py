@@ -76,7 +76,7 @@ def test_order_of_threads_and_poison_change_nothing(name: str) -> None:
         if case in ("large_batch", "repeats") or (name, case) == ("conv_bn_act", "shapes"):
             continue  # sizes; others have their instructions
         variables = {"RESOPS_SIMT_SEED": "7", "RESOPS_SIMT_POISON": "0"}
-        done = emulator.run(program(name, "plain"), case, **variables)
+        done = emulator.run(program(name, "plain"), case, timeout=600, **variables)
         assert done.returncode == 0, done.stdout
 
 
