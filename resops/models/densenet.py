@@ -190,8 +190,9 @@ class DenseNet(Backbone):
             same.
         in_chans: channels of the image.
         small_images: no pool and no stride in the stem, for images of 32x32 (section 4.2).
-        features_only, out_indices: return the outputs of the stem's norm, of the blocks and, for
-            the last block, of the last norm in place of logits.
+        features_only, out_indices: return the features at each resolution in place of logits: 0
+            for the stem's, where it halves the resolution, then the blocks', the last one's behind
+            its norm; None for all.
 
     Raises:
         ValueError: an index without feature map.
@@ -243,8 +244,7 @@ class DenseNet(Backbone):
         """A part of ``features``; with channels, one whose output is a feature map."""
         self.features.add_module(name, module)
         if channels:
-            found = FeatureMap(f"features.{name}", channels, reduction)
-            self.feature_info = (*self.feature_info, found)
+            self.feature_info += (FeatureMap(f"features.{name}", channels, reduction),)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -260,13 +260,14 @@ class DenseNet(Backbone):
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Features to the logits, (N, num_classes)."""
-        y: Tensor = self.classifier(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
-        return y
+        y = F.adaptive_avg_pool2d(x, 1)
+        logits: Tensor = self.classifier(torch.flatten(y, 1))
+        return logits
 
     def forward_intermediates(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """The maps with these indices of the whole network's ``feature_info``."""
-        found = self.features.stages(x)
-        return [found[i] for i in indices]
+        maps = self.features.stages(x)
+        return [maps[i] for i in indices]
 
 
 @register_model
