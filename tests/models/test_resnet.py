@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import resops
-from resops.models import create_model, list_models
+from resops.models import ResNet, create_model, list_models
+from resops.models.resnet import BasicBlock
 from tests.dispatch import counted_calls
 from tests.models.twins import distance, wild
 from tests.torchvision_ops import torchvision
@@ -255,7 +256,11 @@ def test_the_reference_backend_is_torchvisions_network() -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_compiled_without_graph_breaks(backend: str, training: bool) -> None:
-    ours, theirs = pair("resnet18", num_classes=10)
+    """One block in each stage: one with an identity shortcut, three with a projection."""
+    models = torchvision().models
+    ours = wild(ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10))
+    theirs = models.ResNet(models.resnet.BasicBlock, [1] * 4, num_classes=10)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
     ours.double().train(training), theirs.double().train(training)
     compiled = torch.compile(ours, fullgraph=True, backend=backend)
     x = torch.randn(2, 3, 33, 33, dtype=torch.float64)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from bench.models.resnet import saved_activations
 from bench.models.stock_resnet import create_stock_model
-from resops.models import create_model
+from resops.models import ResNet, create_model
+from resops.models.resnet import BasicBlock
 from tests.dispatch import counted_calls
 
 pytestmark = [pytest.mark.models, pytest.mark.usefixtures("native", "one_thread")]
@@ -94,7 +95,10 @@ def test_copies_keep_the_choice() -> None:
 
 
 def test_compiled_without_graph_breaks() -> None:
-    ours, layers = (m.double() for m in pair("resnet18", {"memory_efficient": True}))
+    """One block in each stage: one with an identity shortcut, three with a projection."""
+    ours = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, memory_efficient=True).double()
+    layers = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10).double()
+    layers.load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(2, 3, 33, 33, dtype=torch.float64)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     for _ in range(2):
