@@ -141,7 +141,8 @@ class Features(nn.Sequential):
         return y
 
     def _stem(self) -> dict[str, nn.Module]:
-        return {n: m for n, m in self._modules.items() if m is not None and n.endswith("0")}
+        found = {name: self._modules.get(name) for name in ("conv0", "norm0", "pool0")}
+        return {name: module for name, module in found.items() if module is not None}
 
     def stem(self, x: Tensor) -> Tensor:
         """The first convolution; norm, ReLU and max-pool, where there are."""
@@ -150,7 +151,6 @@ class Features(nn.Sequential):
             y: Tensor = stem["conv0"](x)
             return y
         conv, norm, pool = stem.values()
-        assert isinstance(norm, BatchNormAct2d)
         if norm.training:
             return norm_act_max_pool(norm, pool, conv(x))
         y = pool(conv_norm_act(conv, norm, x))

@@ -73,6 +73,9 @@ class BatchRenormAct2d(BatchNormAct2d):
 
     Raises:
         ValueError: r_max below 1, d_max below 0, or ``track_running_stats=False``.
+
+    Not for activation checkpointing: the second run of a forward pass finds running statistics
+    that the first has moved, and so another r and d.
     """
 
     def __init__(

@@ -27,9 +27,6 @@ class BiasAct(NormAct):
     Shape: input, residual and output (N, C, *spatial).
     """
 
-    mean: Tensor
-    var: Tensor
-
     def __init__(
         self,
         num_features: int,
@@ -47,20 +44,21 @@ class BiasAct(NormAct):
         if affine:
             biases = torch.zeros(1 if shared else num_features, device=device, dtype=dtype)
             self.bias = nn.Parameter(biases)
-        for name, value in (("mean", 0.0), ("var", 1.0)):
-            statistic = torch.full((num_features,), value, device=device, dtype=dtype)
-            self.register_buffer(name, statistic, persistent=False)
+        self.num_features = num_features
         self._set_epilogue(apply_act, act_layer, act_kwargs, inplace, None)
 
     def _normalize(
         self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
     ) -> Tensor:
+        # Made at every call: a buffer that no state_dict has would be lost on the way from "meta".
+        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        zeros = torch.zeros(self.num_features, device=x.device, dtype=dtype)
         return functional.batch_norm_act(
             x,
-            self.mean,
-            self.var,
+            zeros,
+            torch.ones_like(zeros),
             None,
-            None if self.bias is None else self.bias.expand(self.mean.shape),
+            None if self.bias is None else self.bias.expand(self.num_features),
             eps=0.0,
             residual=residual,
             activation=activation,

@@ -4,7 +4,7 @@ Instance norm of (N, C, *spatial) is batch norm of the view (1, N*C, *spatial) w
 statistics (Ulyanov, Vedaldi and Lempitsky, "Instance Normalization", 2016); in evaluation with
 running statistics it is batch norm itself. For group norm (Wu and He, "Group Normalization", 2018)
 the statistics are those of the view (1, N*G, C/G * S), and are then applied to the view
-(1, N*C, S). As in torch a channels-last input is made contiguous.
+(1, N*C, S). As in torch instance norm makes a channels-last input contiguous.
 """
 
 from __future__ import annotations
@@ -95,11 +95,15 @@ def group_normalize(
     """act( norm(x) [+ residual] ) of torch's group norm.
 
     One op for statistics and one for all the rest where no gradient is recorded; else torch's own,
-    whose gradient flows through the statistics of groups, for which there is no kernel yet.
+    whose gradient flows through the statistics of groups, for which there is no kernel yet. Also
+    torch's own for channels-last inputs, whose layout it keeps.
     """
     tensors = [t for t in (x, residual, norm.weight, norm.bias) if t is not None]
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if recorded or x.numel() == 0 or x.dim() < 3 or torch.compiler.is_compiling():
+    no_variance = x.numel() <= norm.num_groups  # torch's error
+    torchs = recorded or no_variance or x.dim() < 3
+    torchs = torchs or (not x.is_contiguous() and x.movedim(1, -1).is_contiguous())
+    if torchs or torch.compiler.is_compiling():
         y = group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
         return activate(y if residual is None else y + residual, activation, negative_slope)
     N, C = x.shape[:2]

@@ -41,8 +41,8 @@ class NormThenAct(nn.Module):
     def __init__(self, norm: nn.Module | None, act_layer: ActLayer) -> None:
         super().__init__()
         self.norm = nn.Identity() if norm is None else norm
-        # Some norm may need its own output for the backward pass; a convolution does not.
-        self.act = create_activation(act_layer, None, inplace=norm is None)
+        # A norm may need its own output for the backward pass; without one x is the caller's.
+        self.act = create_activation(act_layer, None, inplace=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = self.norm(x)
@@ -127,9 +127,11 @@ def create_norm_act(
 def _with_activation(norm: nn.Module, act_layer: ActLayer) -> nn.Module:
     """The fused layer that stands for ``norm`` and an activation, or one after the other."""
     kind = type(norm)
+    if not is_plain(norm):
+        return NormThenAct(norm, act_layer)
     if kind in _FUSED:
         assert isinstance(norm, _NormBase)
-        return _FUSED[kind](
+        fused: nn.Module = _FUSED[kind](
             norm.num_features,
             norm.eps,
             norm.momentum,
@@ -137,8 +139,12 @@ def _with_activation(norm: nn.Module, act_layer: ActLayer) -> nn.Module:
             norm.track_running_stats,
             act_layer=act_layer,
         )
-    if isinstance(norm, nn.GroupNorm) and kind is nn.GroupNorm:
-        return GroupNormAct(
+    elif isinstance(norm, nn.GroupNorm) and kind is nn.GroupNorm:
+        fused = GroupNormAct(
             norm.num_channels, norm.num_groups, norm.eps, norm.affine, act_layer=act_layer
         )
-    return NormThenAct(norm, act_layer)
+    else:
+        return NormThenAct(norm, act_layer)
+    fused._parameters.update(norm._parameters)
+    fused._buffers.update(norm._buffers)
+    return fused.train(norm.training)

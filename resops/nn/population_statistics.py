@@ -22,8 +22,9 @@ class _Population:
         self.mean: Tensor | None = None
         self.squares: Tensor | None = None  # sum of squared differences from the mean
 
-    def __call__(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach()
+    def __call__(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = args[0] if args else kwargs["input" if "input" in kwargs else "x"]
+        x = x.detach()
         count = x.numel() // max(x.size(1), 1)
         if count == 0:
             return
@@ -63,27 +64,35 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def _buffers_kept(norms: Iterable[nn.Module]) -> Iterator[None]:
+    buffers = [b for norm in norms for b in norm.buffers(recurse=False)]
+    before = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+
+
 @torch.no_grad()
 def _take_statistics(model: nn.Module, batches: Iterable[Any], unbiased: bool) -> None:
     norms = _batch_norms(model)
     populations = [_Population() for _ in norms]
-    with _modes_kept(model), contextlib.ExitStack() as hooks:
+    with _buffers_kept(norms), _modes_kept(model), contextlib.ExitStack() as hooks:
         model.eval()
-        counts = []
         for norm, population in zip(norms, populations, strict=True):
-            norm.train()
-            counts.append(None if (n := norm.num_batches_tracked) is None else n.clone())
-            hooks.callback(norm.register_forward_pre_hook(population).remove)
+            norm.training = True  # not norm.train(): a dropout within stays in evaluation
+            handle = norm.register_forward_pre_hook(population, with_kwargs=True)
+            hooks.callback(handle.remove)
         empty = True
         for batch in batches:
             empty = False
             model(batch[0] if isinstance(batch, tuple | list) else batch)
     if empty:
         raise ValueError("statistics need at least one batch")
-    for norm, population, count in zip(norms, populations, counts, strict=True):
+    for norm, population in zip(norms, populations, strict=True):
         population.write(norm, unbiased)
-        if norm.num_batches_tracked is not None and count is not None:
-            norm.num_batches_tracked.copy_(count)
 
 
 def precise_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -123,18 +132,12 @@ def monte_carlo_predictions(model: nn.Module, batches: Iterable[Any], *inputs: A
     Raises:
         ValueError: no batch, or no batch norm with running statistics.
     """
-    buffers = [b for norm in _batch_norms(model) for b in norm.buffers(recurse=False)]
-    before = [b.clone() for b in buffers]
     predictions = []
-    try:
-        with _modes_kept(model):
-            for batch in batches:
-                _take_statistics(model, [batch], unbiased=False)
-                model.eval()
-                predictions.append(model(*inputs))
-    finally:
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+    with _buffers_kept(_batch_norms(model)), _modes_kept(model):
+        for batch in batches:
+            _take_statistics(model, [batch], unbiased=False)
+            model.eval()
+            predictions.append(model(*inputs))
     if not predictions:
         raise ValueError("monte_carlo_predictions needs at least one batch")
     return torch.stack(predictions)

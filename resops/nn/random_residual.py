@@ -6,6 +6,8 @@ docs/math/residual_add.md compares them with stochastic depth, which is
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -96,8 +98,16 @@ class ShakeDrop(_DroppingJoin):
         mode: "batch" draws once for all samples, "row" for every one.
 
     Raises:
-        ValueError: a drop_prob outside [0, 1]; an unknown activation or mode.
+        ValueError: a drop_prob outside [0, 1]; an unknown or another activation or mode.
     """
+
+    def __init__(self, drop_prob: float, activation: str | None = None, **kwargs: Any) -> None:
+        super().__init__(drop_prob, activation, **kwargs)
+        if activation in ("silu", "gelu"):
+            raise ValueError(
+                f"activation must be None, 'identity', 'relu' or 'leaky_relu', but got "
+                f"{activation!r}, whose derivative at another weight the op does not know"
+            )
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """The sum; all (N, *)."""

@@ -173,6 +173,8 @@ def fallback_reason(
     x: Tensor, layers: Sequence[DenseLayer], transition: NormConv | None = None
 ) -> str | None:
     """Why :func:`dense_block` would compute this layer by layer; None where it would not."""
+    if transition is not None and tuple(transition.conv_weight.shape[2:]) != (1, 1):
+        return "the transition's convolution is not 1x1, so that the pool cannot go before it"
     consumers = _consumers(layers, transition)
     if len({consumer.training for consumer in consumers}) > 1:
         return "some norms that read the block's channels are in training and others are not"
@@ -230,7 +232,7 @@ def _composition(
     y = torch.cat(features, 1)
     if transition is None:
         return y
-    return convolved(F.avg_pool2d(normalised(y, transition), 2), transition)
+    return F.avg_pool2d(convolved(normalised(y, transition), transition), 2)
 
 
 def dense_block(

@@ -361,7 +361,7 @@ class Gradients:
     def run(self, grad_y: Tensor) -> None:
         """From the transition, or from the gradient of all channels, down the layers."""
         if self.transition is None:
-            self.grad_y = grad_y
+            self.grad_y = grad_y.contiguous(memory_format=torch.channels_last)
         else:
             self._through_transition(self.transition, grad_y)
         for index in range(len(self.layers) - 1, -1, -1):

@@ -247,3 +247,14 @@ def test_compiled() -> None:
 def test_names() -> None:
     assert set(NAMES) <= set(list_models("densenet*"))
     assert list_models("densenet_bc*") == ["densenet_bc_40", "densenet_bc_100"]
+
+
+def test_synchronised_norms_and_many_blocks() -> None:
+    model = DenseNet(4, (1,) * 9, 8, small_images=True, num_classes=3)
+    x = torch.randn(2, 3, 256, 256)
+    assert model.eval()(x).shape == (2, 3)
+    # Outside a process group a synchronised norm is a plain one.
+    small = DenseNet(4, (1, 1), 8, num_classes=3).eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = small(x)
+    torch.testing.assert_close(resops.convert_sync_batchnorm(small)(x), expected)

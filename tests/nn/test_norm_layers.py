@@ -12,6 +12,7 @@ from torch import nn
 
 import resops
 from resops.nn import BiasAct, GroupNorm1Act, GroupNormAct, StdConv2d, create_norm_act
+from resops.nn.norm_layers import NormThenAct
 from tests.dispatch import counted_calls
 from tests.torchvision_ops import timm
 
@@ -111,3 +112,30 @@ def test_standardised_convolution_is_timms() -> None:
         torch.testing.assert_close(p.grad, q.grad)
     with resops.backend("reference"):
         torch.testing.assert_close(ours(x), y)
+
+
+def test_without_a_norm_the_input_stays() -> None:
+    layer = NormThenAct(None, "relu")
+    x = torch.randn(2, 4, 3, 3)
+    before = x.clone()
+    assert torch.equal(layer(x), before.relu()) and torch.equal(x, before)
+
+
+def test_what_a_norm_function_made_is_taken_over() -> None:
+    def frozen(channels: int) -> nn.Module:
+        norm = nn.BatchNorm2d(channels, dtype=torch.float64)
+        nn.init.zeros_(norm.weight).requires_grad_(False)
+        return norm.eval()
+
+    layer: Any = create_norm_act(frozen, 4, "relu")
+    assert type(layer) is resops.nn.BatchNormAct2d and not layer.training
+    assert layer.weight is not None and layer.running_mean is not None
+    assert layer.weight.dtype == layer.running_mean.dtype == torch.float64
+    assert not layer.weight.requires_grad and not layer.weight.any()
+
+
+def test_no_norm_comes_whole_from_the_meta_device() -> None:
+    layer = resops.nn.BiasAct(4, device="meta").to_empty(device="cpu")
+    layer.load_state_dict({"bias": torch.arange(4.0)}, strict=True)
+    x = torch.randn(2, 4, 3, 3)
+    assert torch.equal(layer(x), (x + torch.arange(4.0).view(4, 1, 1)).relu())

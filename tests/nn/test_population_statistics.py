@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import resops
 from resops.nn import (
     BatchNormAct2d,
     Conv2dNormActivation,
@@ -82,3 +83,30 @@ def test_wrong_arguments() -> None:
     for model in (nn.Conv2d(2, 2, 1), BatchNormAct2d(2, track_running_stats=False)):
         with pytest.raises(ValueError, match="no batch norm with running statistics"):
             precise_statistics(model, [images(2)])
+
+
+def test_an_error_leaves_the_statistics_as_they_were() -> None:
+    norm = resops.nn.BatchNormAct2d(3)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    batches = [torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)]
+    with pytest.raises((RuntimeError, ValueError)):
+        precise_statistics(norm, batches)
+    for name, value in norm.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_dropout_within_a_norm_stays_in_evaluation_and_keywords_count() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = resops.nn.BatchNormAct2d(3, drop_layer=lambda: nn.Dropout(0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.norm.training and not self.norm.drop.training
+            y: Tensor = self.norm(x=x)
+            return y
+
+    x = torch.randn(4, 3, 5, 5)
+    model = Model()
+    precise_statistics(model, [x])
+    torch.testing.assert_close(model.norm.running_mean, x.mean((0, 2, 3)))

@@ -87,3 +87,9 @@ def test_wrong_arguments() -> None:
             kind(0.5, mode="all")
     with pytest.raises(ValueError, match="mode must be 'row' or 'batch'"):
         ShakeShake("all")
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_shake_drop_refuses_what_it_cannot_differentiate(activation: str) -> None:
+    with pytest.raises(ValueError, match="activation must be None"):
+        ShakeDrop(0.5, activation)

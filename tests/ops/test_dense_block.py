@@ -508,3 +508,13 @@ def test_average_pool_commutes_with_the_convolution() -> None:
     x, weight = torch.randn(2, 4, 5, 7, dtype=F64), torch.randn(3, 4, 1, 1, dtype=F64)
     first, last = F.conv2d(F.avg_pool2d(x, 2), weight), F.avg_pool2d(F.conv2d(x, weight), 2)
     torch.testing.assert_close(first, last)
+
+
+def test_a_wide_transition_is_computed_before_the_pool() -> None:
+    torch.manual_seed(3)
+    part = NormConv(torch.zeros(4), torch.ones(4), None, None, torch.randn(2, 4, 3, 3))
+    x = torch.randn(1, 4, 6, 6)
+    assert "1x1" in (fallback_reason(x, [], part) or "")
+    y = resops.functional.transition(x, part)
+    with resops.backend("reference"):
+        torch.testing.assert_close(y, resops.functional.transition(x, part))
