@@ -135,8 +135,7 @@ def alternate(
     Args:
         providers: name to a call without arguments.
         budget_s: seconds for everything, warm-up included; at least ``min_rounds`` rounds are run
-            whatever they take, at most ``max_rounds``. Half as long again where fewer than
-            ``min_rounds`` were without new memory.
+            whatever they take, at most ``max_rounds``.
         warmup: untimed calls of each provider; the last of them sets how often the call is
             repeated within a sample.
         sample_s: the length that a sample should have.
@@ -157,9 +156,7 @@ def alternate(
         settled: list[dict[str, float]] = []
         order = list(providers.items())
         while len(rounds) < max_rounds:
-            enough = len(settled) >= min_rounds
-            limit_s = budget_s if enough else 1.5 * budget_s
-            if len(rounds) >= min_rounds and time.perf_counter() - begin >= limit_s:
+            if len(rounds) >= min_rounds and time.perf_counter() - begin >= budget_s:
                 break
             pages = _pages_received()
             timed = order if len(rounds) % 2 == 0 else order[::-1]
