@@ -5,31 +5,14 @@
 
 #include "batch_norm.cuh"
 #include "dispatch.h"
+#include "row_parts.h"
 
 namespace resops::cuda {
 namespace {
 
-constexpr int64_t kLongestSum = 512;  // additions in float one after the other
-constexpr int64_t kShortestWalk =
-    4;  // steps of a thread, for which it reads what its channels need
-constexpr int64_t kMostParts = 65535;  // blocks in y
-
 int vector_size(const BatchNormShape& shape) {
   const int size = shape.dtype == DType::f32 ? 4 : 8;
   return shape.channels_last || shape.spatial % size == 0 ? size : 1;
-}
-
-// In how many parts the rows are cut, where `beside` blocks share a row and a part that were all of
-// them had `steps`.
-int64_t parts_for(int64_t beside, int64_t steps, int blocks_per_multiprocessor, bool reduction) {
-  const int64_t together =
-      static_cast<int64_t>(device_limits().multiprocessors) * blocks_per_multiprocessor;
-  int64_t parts = together / beside;
-  // Where that leaves a tenth idle or more: several rounds of blocks, of which only the last does.
-  if (10 * parts * beside < 9 * together) parts = ceil_div(4 * together, beside);
-  parts = std::min(parts, ceil_div(steps, kShortestWalk));
-  if (reduction) parts = std::max(parts, ceil_div(steps, kLongestSum));
-  return std::clamp<int64_t>(parts, 1, kMostParts);
 }
 
 BatchNormWalk make_walk(const BatchNormShape& shape, bool reduction,
