@@ -424,17 +424,24 @@ def _fake_update_running(
             "running_means, running_vars and momenta should be as many, but got "
             f"{len(running_means)}, {len(running_vars)} and {len(momenta)}"
         )
+    half: torch.dtype | None = None
     for running_mean, running_var in zip(running_means, running_vars, strict=True):
-        if running_mean.numel() > mean.numel():
+        channels = running_mean.numel()
+        if channels > mean.numel():
             raise RuntimeError(
                 f"running_means should have at most the {mean.numel()} elements of mean, but got "
-                f"{running_mean.numel()}"
+                f"{channels}"
             )
-        if running_var.shape != running_mean.shape:
-            raise RuntimeError(
-                f"running_vars should contain {running_mean.numel()} elements not "
-                f"{running_var.numel()}"
-            )
+        for name, t in (("running_means", running_mean), ("running_vars", running_var)):
+            if t.numel() != channels:
+                raise RuntimeError(f"{name} should contain {channels} elements not {t.numel()}")
+            if t.dtype == mean.dtype:
+                continue
+            half = half or t.dtype
+            if t.dtype != half or half not in (torch.float16, torch.bfloat16):
+                raise RuntimeError(
+                    f"mixed dtype: expect {name} to have dtype {mean.dtype}, but got {t.dtype}"
+                )
 
 
 # Of each phase the fake kernel, and which arguments it writes to.
