@@ -10,10 +10,12 @@ from tests.subprocess_calls import Outcome, run_selected_calls
 
 MODULE = "tests.interpreter.dense_block_calls"
 DTYPES = ("float32", "bfloat16", "float16")
+# Of sums of roundings: the interpreter truncates to bfloat16, which a GPU does not.
+ROUNDED = ("float32", "float16")
 CHANNELS = (1, 12, 37, 64)
 NAMES = [
     *(f"definition-{dtype}-{channels}" for dtype, channels in itertools.product(DTYPES, CHANNELS)),
-    *(f"many_consumers-{dtype}" for dtype in DTYPES),
+    *(f"many_consumers-{dtype}" for dtype in ROUNDED),
     *(f"running_statistics-{dtype}" for dtype in DTYPES),
     "any_number_of_programs",
     "other_layouts",
