@@ -303,7 +303,7 @@ def dense_block_accumulate(
     channels = _check_norm(buffer, weight, bias, mean, invstd)
     _check_images("grad_y", grad_y, buffer, channels)
     _check_images("grad_sum", grad_sum, buffer, channels, is_sum=True)
-    sums = torch.zeros(2, channels, dtype=torch.float32, device=buffer.device).unbind()
+    sums = [torch.zeros(channels, dtype=torch.float32, device=buffer.device) for _ in range(2)]
     if grad_y.numel() == 0:
         return sums[0], sums[1]
     g, grad_stride = by_pixel(grad_y)
