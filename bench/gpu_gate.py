@@ -50,12 +50,14 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "batch_norm_slab": ("flags", "shapes"),
     "batch_norm_act_max_pool": ("flags", "shapes"),
     "conv_bn_act": ("flags", "windows", "statistics"),
+    "dense_block": ("flags", "statistics"),
     "residual_add": ("flags", "wanted"),
 }
 ALSO = {
     "batch_norm": ["batch_norm_slab"],
     "batch_norm_slab": ["batch_norm"],
     "batch_norm_act_max_pool": ["batch_norm"],
+    "dense_block": ["batch_norm"],
 }
 
 
@@ -250,8 +252,7 @@ JOBS: dict[str, tuple[Stage, ...]] = {
         ),
         Stage(
             "densenet121",
-            "training step and inference of DenseNet-121 at batch 128, bf16 and fp16; its blocks "
-            "have no kernels of their own on a GPU yet",
+            "training step and inference of DenseNet-121 at batch 128, bf16 and fp16",
             500,
             lambda gpu: [
                 python(

@@ -44,23 +44,33 @@ class _Count(TorchDispatchMode):
             return result
         leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
         tensors = [t for t in leaves if isinstance(t, Tensor)]
-        if name.startswith("resops::dense_block"):
-            self.bytes[name] += _dense_block(name, args, result)
+        if name in _OF_A_BUFFER:
+            self.bytes[name] += _OF_A_BUFFER[name](args, result)
         else:
             self.bytes[name] += sum(map(_nbytes, tensors))
         return result
 
 
-def _dense_block(name: str, args: Any, result: Any) -> int:
-    """Of a buffer these operators read and write some channels only."""
-    if name.endswith("apply"):
-        return 2 * _nbytes(args[-1])
-    if name.endswith("accumulate"):
-        grad_y, total, first = args[0], args[6], args[8]
-        size = grad_y.numel() * total.element_size()
-        return 2 * _nbytes(grad_y) + (1 if first else 2) * size
+def _apply(args: Any, result: Any) -> int:
+    return 2 * _nbytes(args[-1])
+
+
+def _accumulate(args: Any, result: Any) -> int:
+    grad_y, total, first = args[0], args[6], args[8]
+    return 2 * _nbytes(grad_y) + (1 if first else 2) * grad_y.numel() * int(total.element_size())
+
+
+def _gradient(args: Any, result: Any) -> int:
     read = [t for t in args[:3] if t is not None]
     return _nbytes(result) + sum(result.numel() * t.element_size() for t in read)
+
+
+# Of a buffer these operators read and write some channels only.
+_OF_A_BUFFER: dict[str, Callable[[Any, Any], int]] = {
+    f"{namespace}::dense_block_{phase}": count
+    for namespace in ("resops", "resops_triton")
+    for phase, count in (("apply", _apply), ("accumulate", _accumulate), ("gradient", _gradient))
+}
 
 
 def count(call: Callable[[], object]) -> Counter[str]:

@@ -5,6 +5,7 @@
 
 #include <torch/library.h>
 
+#include <string>
 #include <utility>
 
 #include "common/tensor_checks.h"
@@ -86,6 +87,36 @@ void check_dense_block_gradient(const OptionalTensor& grad_y, const at::Tensor& 
   check_statistic("mean_grad_xhat", *mean_grad_xhat, end - begin, buffer);
 }
 
+void check_dense_block_running(const at::Tensor& mean, const at::Tensor& var, int64_t count,
+                               at::TensorList running_means, at::TensorList running_vars,
+                               at::ArrayRef<double> momenta) {
+  check_statistic("mean", mean, mean.numel(), mean);
+  check_statistic("var", var, mean.numel(), mean);
+  TORCH_CHECK_VALUE(count > 0, "count should be at least 1, but got ", count);
+  const size_t consumers = running_means.size();
+  TORCH_CHECK(running_vars.size() == consumers && momenta.size() == consumers,
+              "running_means, running_vars and momenta should be as many, but got ", consumers,
+              ", ", running_vars.size(), " and ", momenta.size());
+  std::optional<at::ScalarType> half;
+  const auto check = [&](const char* name, const at::Tensor& t, int64_t channels) {
+    check_vector(name, t, channels, mean);
+    const auto dtype = t.scalar_type();
+    if (dtype == mean.scalar_type()) return;
+    TORCH_CHECK(is_half(dtype) && mean.scalar_type() == at::kFloat && half.value_or(dtype) == dtype,
+                "mixed dtype: expect ", name, " to have dtype ", mean.scalar_type(),
+                half ? std::string(" or ") + c10::toString(*half) : std::string(), ", but got ",
+                dtype);
+    half = dtype;
+  };
+  for (size_t i = 0; i < consumers; ++i) {
+    const int64_t channels = running_means[i].numel();
+    TORCH_CHECK(channels <= mean.numel(), "running_means should have at most the ", mean.numel(),
+                " elements of mean, but got ", channels);
+    check("running_means", running_means[i], channels);
+    check("running_vars", running_vars[i], channels);
+  }
+}
+
 }  // namespace resops
 
 TORCH_LIBRARY_FRAGMENT(resops, m) {
@@ -99,4 +130,7 @@ TORCH_LIBRARY_FRAGMENT(resops, m) {
   m.def(
       "dense_block_gradient(Tensor? grad_y, Tensor buffer, Tensor? grad_sum, Tensor? mean, "
       "Tensor? invstd, Tensor? mean_grad, Tensor? mean_grad_xhat, int begin, int end) -> Tensor");
+  m.def(
+      "dense_block_update_running(Tensor mean, Tensor var, int count, Tensor(a!)[] running_means, "
+      "Tensor(b!)[] running_vars, float[] momenta) -> ()");
 }

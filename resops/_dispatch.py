@@ -43,7 +43,7 @@ _KERNELS: dict[str, dict[str, frozenset[str]]] = {
     "native": {
         "batch_norm": _native_devices(),
         "batch_norm_act_max_pool": _native_devices(),
-        "dense_block": frozenset({"cpu"}),
+        "dense_block": _native_devices(),
         "residual_add": _native_devices(),
         "conv_bn_act": _native_devices(),
     },
@@ -51,6 +51,7 @@ _KERNELS: dict[str, dict[str, frozenset[str]]] = {
         "batch_norm": _triton.DEVICES,
         "residual_add": _triton.DEVICES,
         "conv_bn_act": _triton.DEVICES,
+        "dense_block": _triton.DEVICES,
     },
 }
 

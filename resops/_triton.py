@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,14 +41,18 @@ _library = torch.library.Library("resops_triton", "DEF")
 
 
 def register(
-    op: str, phase: str, definition: Callable[..., Any], fake: Callable[..., Any]
+    op: str,
+    phase: str,
+    definition: Callable[..., Any],
+    fake: Callable[..., Any],
+    writes: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """Make ``torch.ops.resops_triton.<op>_<phase>`` of the launcher of that name.
 
     Args:
-        definition: the function of ``reference`` whose signature becomes the schema; running
-            statistics are what it writes to.
+        definition: the function of ``reference`` whose signature becomes the schema.
         fake: sizes, dtypes and strides of what is returned.
+        writes: arguments that are written to, beside running statistics.
 
     Returns:
         the op's overload; where nothing can run it, a function that says so.
@@ -64,7 +68,8 @@ def register(
     def launch(*args: Any) -> Any:
         return getattr(importlib.import_module(f"resops.triton_kernels.{op}"), name)(*args)
 
-    written = [a for a in definition.__annotations__ if a.startswith("running_")]
+    running = [a for a in definition.__annotations__ if a.startswith("running_")]
+    written = [*writes, *running]
     _library.define(name + torch.library.infer_schema(definition, mutates_args=written))
     for device in DEVICES:
         _library.impl(name, launch, device.upper())

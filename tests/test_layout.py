@@ -33,8 +33,6 @@ SHARED = {
 }
 # Ops that are made of other ops, and so have no kernel of their own.
 COMPOSED = {"basic_block", "bottleneck"}
-# Ops with kernels for the CPU; on a GPU their definition runs between the kernels of other ops.
-CPU_ONLY = {"dense_block"}
 # Functions that are another op with fixed arguments.
 SPECIAL_CASES = {"transition"}
 
@@ -67,7 +65,6 @@ def test_every_op_has_its_homes(op: str) -> None:
     if op not in COMPOSED:
         homes += [f"csrc/{op}.cpp", f"csrc/cpu/{op}.cpp"]
         homes += [f"csrc/cpu/{op}_kernels.cpp", f"csrc/cpu/{op}_kernels.h"]
-    if op not in COMPOSED | CPU_ONLY:
         homes += [f"csrc/cuda/{op}.{ending}" for ending in ("h", "cuh", "cu")]
         homes += [f"csrc/cuda/bindings/{op}.cpp", f"tests/simt/kernels/{op}.cpp"]
     missing = [home for home in homes if not (ROOT / home).is_file()]

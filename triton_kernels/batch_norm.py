@@ -25,12 +25,11 @@ from .batch_norm_kernels import (
     batch_norm_statistics_kernel,
     batch_norm_statistics_merge_kernel,
 )
-from .launch import check_like, dense, device_of, empty_output, processors
+from .launch import check_like, dense, device_of, empty_output, resident_programs
 
 _FOLD = 16  # elements; rows of the folded matrix start on multiples of it
 _TILE = 2048  # elements: 16 per thread, two or four vectors of 16 bytes
 _MAX_COLUMNS = 128  # of a channels-last tile
-_PROGRAMS_PER_PROCESSOR = 8  # of 4 warps: as many as fit with 64 registers a thread
 _TILES_PER_PROGRAM = 4  # of the elementwise passes
 
 
@@ -93,7 +92,7 @@ class _Walk:
 
     def parts(self, device: torch.device) -> int:
         """Programs that share a block: enough to fill the device, and work for each."""
-        return min(self.items, triton.cdiv(_resident_programs(device), self.blocks))
+        return min(self.items, triton.cdiv(resident_programs(device), self.blocks))
 
     def sizes(self) -> tuple[int, int, int, int, int]:
         return self.channels, self.batch, self.rows, self.width, self.numel
@@ -112,11 +111,7 @@ class _Walk:
         return (self.blocks * triton.cdiv(self.items, tiles),), tiles
 
 
-def _resident_programs(device: torch.device) -> int:
-    return _PROGRAMS_PER_PROCESSOR * processors(device)
-
-
-def _merge_flags(parts: int, channels: int) -> dict[str, int]:
+def merge_flags(parts: int, channels: int) -> dict[str, int]:
     """Tiles of the second stage: 16 channels, 64 bytes of a row."""
     return {
         "ROWS": min(triton.next_power_of_2(parts), 64),
@@ -151,7 +146,7 @@ def batch_norm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         y = x if _is_dense(x) else dense(x, empty_output(x))
         with device_of(x):
             partial, parts = _reduce_statistics(y, _Walk.of(y))
-            flags = _merge_flags(parts, C)
+            flags = merge_flags(parts, C)
             batch_norm_statistics_merge_kernel[(triton.cdiv(C, flags["COLS"]),)](
                 *partial,
                 mean,
@@ -263,7 +258,7 @@ def batch_norm_forward(
         updated = _contiguous(*running)
         with device_of(x):
             partial, parts = _reduce_statistics(y, _Walk.of(y))
-            flags = _merge_flags(parts, C)
+            flags = merge_flags(parts, C)
             batch_norm_statistics_merge_kernel[(triton.cdiv(C, flags["COLS"]),)](
                 *partial,
                 mean,
@@ -314,7 +309,7 @@ def batch_norm_backward_reduce(
         walk = _Walk.of(y)
         parts = walk.parts(x.device)
         partial = torch.empty(2, parts * walk.fold, C, dtype=torch.float32, device=x.device)
-        flags = _merge_flags(parts * walk.fold, C)
+        flags = merge_flags(parts * walk.fold, C)
         with device_of(x):
             batch_norm_backward_reduce_kernel[(walk.blocks * parts,)](
                 *_saved(grad_y, x, residual, mask, activation, y),

@@ -106,21 +106,21 @@ def _unpack(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, offsets, valid):
+def load_float(ptr, offsets, valid):
     return tl.load(ptr + offsets, mask=valid, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_affine(weight_ptr, bias_ptr, mean_ptr, invstd_ptr, channel, exists):
+def load_affine(weight_ptr, bias_ptr, mean_ptr, invstd_ptr, channel, exists):
     """mean, invstd, weight * invstd and bias of a block's channels."""
-    mean = _load(mean_ptr, channel, exists)
-    invstd = _load(invstd_ptr, channel, exists)
+    mean = load_float(mean_ptr, channel, exists)
+    invstd = load_float(invstd_ptr, channel, exists)
     scale = invstd
     if weight_ptr is not None:
-        scale = _load(weight_ptr, channel, exists) * invstd
+        scale = load_float(weight_ptr, channel, exists) * invstd
     bias = tl.zeros_like(mean)
     if bias_ptr is not None:
-        bias = _load(bias_ptr, channel, exists)
+        bias = load_float(bias_ptr, channel, exists)
     return mean, invstd, scale, bias
 
 
@@ -175,7 +175,7 @@ def batch_norm_statistics_kernel(
     for item in range(part, items, parts):
         row, exists, first = _tile_corner(item, block, channels, batch, rows, LAST, ROWS, COLS)
         offsets, valid = _elements(row, exists, first, width, numel, RAGGED, COLS)
-        x = _load(x_ptr, offsets, valid)
+        x = load_float(x_ptr, offsets, valid)
         # Tiles that are cut off come last: a lane that has an element now had one in every step.
         step += 1.0
         delta = tl.where(valid, x - mean, 0.0)
@@ -228,14 +228,14 @@ def batch_norm_statistics_merge_kernel(
         part = start + tl.arange(0, ROWS)[:, None]
         offsets = part.to(tl.int64) * channels + channel
         valid = (part < parts) & (channel < channels)
-        more = _load(count_ptr, offsets, valid)
-        delta = _load(mean_ptr, offsets, valid) - mean
+        more = load_float(count_ptr, offsets, valid)
+        delta = load_float(mean_ptr, offsets, valid) - mean
         delta = tl.where(more > 0, delta, 0.0)
         count_before = count
         count += more
         share = more / tl.maximum(count, 1.0)
         mean += delta * share
-        m2 += _load(m2_ptr, offsets, valid) + delta * (count_before * share) * delta
+        m2 += load_float(m2_ptr, offsets, valid) + delta * (count_before * share) * delta
     count, mean, m2 = merge_lanes(count, mean, m2, 0)
     var = m2 / tl.maximum(count, 1.0)
     valid = channel < channels
@@ -247,12 +247,12 @@ def batch_norm_statistics_merge_kernel(
     tl.store(spread_ptr + channel, spread, mask=valid)
     if running_mean_ptr is not None:
         old, new = tl.cast(keep, tl.float32), tl.cast(momentum, tl.float32)
-        value = old * _load(running_mean_ptr, channel, valid) + new * mean
+        value = old * load_float(running_mean_ptr, channel, valid) + new * mean
         tl.store(
             running_mean_ptr + channel, value.to(running_mean_ptr.dtype.element_ty), mask=valid
         )
         var *= tl.cast(unbiased, tl.float32)
-        value = old * _load(running_var_ptr, channel, valid) + new * var
+        value = old * load_float(running_var_ptr, channel, valid) + new * var
         tl.store(running_var_ptr + channel, value.to(running_var_ptr.dtype.element_ty), mask=valid)
 
 
@@ -263,8 +263,8 @@ def batch_norm_frozen_kernel(
     """Mean and invstd of frozen statistics: copies, which a later update leaves alone."""
     channel = tl.program_id(0) * COLS + tl.arange(0, COLS)
     valid = channel < channels
-    var = _load(running_var_ptr, channel, valid)
-    tl.store(mean_ptr + channel, _load(running_mean_ptr, channel, valid), mask=valid)
+    var = load_float(running_var_ptr, channel, valid)
+    tl.store(mean_ptr + channel, load_float(running_mean_ptr, channel, valid), mask=valid)
     invstd = tl.div_rn(1.0, tl.sqrt_rn(var + tl.cast(eps, tl.float32)))
     tl.store(invstd_ptr + channel, invstd, mask=valid)
 
@@ -273,7 +273,7 @@ def batch_norm_frozen_kernel(
 
 
 @triton.jit
-def _pre_activation(centred, scale, bias):
+def pre_activation(centred, scale, bias):
     """One rounding less than the definition, and the same bits in forward and backward, which
     decide the sign: an explicit fma is not contracted in one place and not in another."""
     return tl.fma(centred, scale + tl.zeros_like(centred), bias + tl.zeros_like(centred))
@@ -306,15 +306,15 @@ def batch_norm_apply_kernel(
     program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     block, group = program % blocks, program // blocks
     channel, known = _tile_channels(block, channels, width, LAST, ROWS, COLS)
-    mean, _, scale, bias = _load_affine(weight_ptr, bias_ptr, mean_ptr, invstd_ptr, channel, known)
+    mean, _, scale, bias = load_affine(weight_ptr, bias_ptr, mean_ptr, invstd_ptr, channel, known)
     slope = tl.cast(negative_slope, tl.float32)
     for tile in range(TILES):
         item = group * TILES + (TILES - 1 - tile)
         row, exists, first = _tile_corner(item, block, channels, batch, rows, LAST, ROWS, COLS)
         offsets, valid = _elements(row, exists, first, width, numel, RAGGED, COLS)
-        z = _pre_activation(_load(x_ptr, offsets, valid) - mean, scale, bias)
+        z = pre_activation(load_float(x_ptr, offsets, valid) - mean, scale, bias)
         if residual_ptr is not None:
-            z += _load(residual_ptr, offsets, valid)
+            z += load_float(residual_ptr, offsets, valid)
         y = activate(z, slope, ACTIVATION)
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
         if mask_ptr is not None:
@@ -348,20 +348,20 @@ def _gradient(
 ):
     """g = grad_y * act'(z) and x - mean of a tile, its offsets, and which elements exist."""
     offsets, valid = _elements(row, exists, first, width, numel, RAGGED, COLS)
-    g = _load(grad_y_ptr, offsets, valid)
-    centred = _load(x_ptr, offsets, valid) - mean
+    g = load_float(grad_y_ptr, offsets, valid)
+    centred = load_float(x_ptr, offsets, valid) - mean
     if ACTIVATION == "relu" or ACTIVATION == "leaky_relu":
         if mask_ptr is not None:
             places, inside = _mask_bytes(row, exists, first, width, numel, RAGGED, COLS)
             packed = tl.load(mask_ptr + places, mask=inside, other=0)
             blocked = _unpack(packed, ROWS, COLS) == 0
         else:
-            blocked = _pre_activation(centred, scale, bias) <= 0
+            blocked = pre_activation(centred, scale, bias) <= 0
         g = blocked_gradient(g, blocked, slope, ACTIVATION)
     elif ACTIVATION != "identity":
-        z = _pre_activation(centred, scale, bias)
+        z = pre_activation(centred, scale, bias)
         if residual_ptr is not None:
-            z += _load(residual_ptr, offsets, valid)
+            z += load_float(residual_ptr, offsets, valid)
         g = smooth_gradient(g, z, ACTIVATION)
     return g, centred, offsets, valid
 
@@ -396,7 +396,7 @@ def batch_norm_backward_reduce_kernel(
     program = tl.program_id(0).to(tl.int64)
     block, part = program % blocks, program // blocks
     channel, known = _tile_channels(block, channels, width, LAST, ROWS, COLS)
-    mean, invstd, scale, bias = _load_affine(
+    mean, invstd, scale, bias = load_affine(
         weight_ptr, bias_ptr, mean_ptr, invstd_ptr, channel, known
     )
     slope = tl.cast(negative_slope, tl.float32)
@@ -458,8 +458,8 @@ def batch_norm_backward_merge_kernel(
         part = start + tl.arange(0, ROWS)[:, None]
         offsets = part.to(tl.int64) * channels + channel
         valid = (part < parts) & (channel < channels)
-        sum_grad += _load(sum_grad_ptr, offsets, valid)
-        sum_grad_xhat += _load(sum_grad_xhat_ptr, offsets, valid)
+        sum_grad += load_float(sum_grad_ptr, offsets, valid)
+        sum_grad_xhat += load_float(sum_grad_xhat_ptr, offsets, valid)
     valid = channel < channels
     tl.store(merged_grad_ptr + channel, tl.sum(sum_grad, axis=0, keep_dims=True), mask=valid)
     total = tl.sum(sum_grad_xhat, axis=0, keep_dims=True)
@@ -498,13 +498,13 @@ def batch_norm_backward_apply_kernel(
     program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     block, group = program % blocks, program // blocks
     channel, known = _tile_channels(block, channels, width, LAST, ROWS, COLS)
-    mean, invstd, scale, bias = _load_affine(
+    mean, invstd, scale, bias = load_affine(
         weight_ptr, bias_ptr, mean_ptr, invstd_ptr, channel, known
     )
     if sum_grad_ptr is not None:
         size = tl.cast(count, tl.float32)
-        mean_grad = _load(sum_grad_ptr, channel, known) / size
-        mean_grad_xhat = _load(sum_grad_xhat_ptr, channel, known) / size
+        mean_grad = load_float(sum_grad_ptr, channel, known) / size
+        mean_grad_xhat = load_float(sum_grad_xhat_ptr, channel, known) / size
     slope = tl.cast(negative_slope, tl.float32)
     for tile in range(TILES):
         item = group * TILES + (TILES - 1 - tile)

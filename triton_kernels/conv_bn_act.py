@@ -30,7 +30,15 @@ from .conv_bn_act_kernels import (
     conv_bn_act_forward_kernel,
     conv_bn_act_forward_merge_kernel,
 )
-from .launch import DTYPES, check_device, device_of, processors
+from .launch import (
+    DTYPES,
+    by_pixel,
+    channels_last,
+    check_device,
+    device_of,
+    empty_channels_last,
+    processors,
+)
 
 _MERGED = 64  # tiles that the first stage of a merge takes together
 _LEAST_STEPS = 4  # of a part of the pixels, in the gradient of the weight
@@ -121,47 +129,6 @@ class _Convolution:
         return self.kernel == self.stride == (1, 1) and self.padding == (0, 0)
 
 
-def _pixel_stride(t: Tensor) -> int | None:
-    """Elements from one pixel of (N, C, H, W) to the next; None where memory has another order."""
-    N, C, H, W = t.shape
-    if C > 1 and t.stride(1) != 1:
-        return None
-    steps = [
-        (n, s) for n, s in zip((W, H, N), (t.stride(3), t.stride(2), t.stride(0)), strict=True)
-    ]
-    pixel_stride, expected = C, None
-    for count, step in steps:
-        if count == 1:
-            continue
-        if expected is None:
-            pixel_stride = step
-        elif step != expected:
-            return None
-        expected = step * count
-    return pixel_stride
-
-
-def _by_pixel(t: Tensor) -> tuple[Tensor, int]:
-    """``t`` where its pixels have one distance, else a copy, and that distance."""
-    pixel_stride = _pixel_stride(t)
-    if pixel_stride is None or pixel_stride >= 2**31:
-        return _channels_last(t), t.size(1)
-    return t, pixel_stride
-
-
-def _channels_last(t: Tensor) -> Tensor:
-    """``t``, dense with its channels innermost."""
-    if _pixel_stride(t) == t.size(1):
-        return t
-    return _empty(t.shape, t).copy_(t)
-
-
-def _empty(size: tuple[int, ...] | list[int], like: Tensor) -> Tensor:
-    return torch.empty(
-        size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
-
-
 def _precision(dtype: torch.dtype) -> str:
     setting: Any = torch.backends.cudnn  # its newer part is not in the types of torch
     tf32 = dtype == torch.float32 and setting.conv.fp32_precision == "tf32"
@@ -170,7 +137,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 def _slices(inputs: list[Tensor]) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[int, ...]]:
     """Memory, distance of pixels and channels of every slice."""
-    pairs = [_by_pixel(t) for t in inputs]
+    pairs = [by_pixel(t) for t in inputs]
     widths = tuple(t.size(1) for t in inputs)
     return tuple(t for t, _ in pairs), tuple(step for _, step in pairs), widths
 
@@ -220,7 +187,7 @@ def conv_bn_act_forward(
             "statistics are those of a convolution without residual and activation, but got "
             f"activation {activation!r}" + (" and a residual" if residual is not None else "")
         )
-    y = _empty(conv.output_size, x)
+    y = empty_channels_last(conv.output_size, x)
     count = conv.filters if statistics else 0
     mean, var = (torch.zeros(count, dtype=torch.float32, device=x.device) for _ in range(2))
     if y.numel() == 0:
@@ -237,9 +204,9 @@ def conv_bn_act_forward(
     with device_of(x):
         conv_bn_act_forward_kernel[(row_tiles * triton.cdiv(conv.filters, tile.cols),)](
             *slices,
-            _channels_last(conv_weight),
+            channels_last(conv_weight),
             *_contiguous(scale, shift, conv_bias),
-            None if residual is None else _channels_last(residual),
+            None if residual is None else channels_last(residual),
             y,
             *partial,
             float(prologue_slope),
@@ -366,16 +333,16 @@ def conv_bn_act_backward_data(
         raise ValueError("mean and invstd go together, and with x, scale and shift")
     for name, t in (("mean", mean), ("invstd", invstd)):
         _check_vector(name, t, conv.channels, grad_y, (torch.float32,))
-    g = _empty(tuple(input_size), grad_y)
+    g = empty_channels_last(tuple(input_size), grad_y)
     count = 0 if mean is None else conv.channels
     sums = [torch.zeros(count, dtype=torch.float32, device=g.device) for _ in range(2)]
     if g.numel() == 0:
         return g, sums[0], sums[1]
     shape = tiles.ShapeClass.of("backward_data", conv.pointwise, x is not None, conv.channels)
     tile = tiles.choose(g.device, g.dtype, shape)
-    grads, grad_step = _by_pixel(grad_y)
+    grads, grad_step = by_pixel(grad_y)
     blocks, whole = _depth_flags((conv.filters,), tile)
-    value, value_step = (None, 0) if x is None else _by_pixel(x)
+    value, value_step = (None, 0) if x is None else by_pixel(x)
     vertical, horizontal = (
         [_Residues.of(residue, *sizes) for residue in range(min(sizes[2], sizes[0]))]
         for sizes in zip(
@@ -392,9 +359,9 @@ def conv_bn_act_backward_data(
     if mean is not None:
         size = (2, sum(row_tiles), conv.channels)
         partial = torch.empty(size, dtype=torch.float32, device=g.device)
-    weight = _channels_last(conv_weight)
+    weight = channels_last(conv_weight)
     vectors = _contiguous(scale, shift, mean, invstd)
-    other = None if addend is None else _channels_last(addend)
+    other = None if addend is None else channels_last(addend)
     first_tile = 0
     with device_of(g):
         for (i, j, down, across, rows), count in zip(classes, row_tiles, strict=True):
@@ -483,14 +450,14 @@ def conv_bn_act_backward_weight(
     conv = _Convolution.of(input_size, list(weight_size), stride, padding, dilation)
     _check_prologue(conv, x, prologue, scale, shift)
     _check_like(x, "grad_y", grad_y, conv.output_size)
-    grad = _empty(tuple(weight_size), grad_y)
+    grad = empty_channels_last(tuple(weight_size), grad_y)
     pixels = conv.batch * conv.out_size[0] * conv.out_size[1]
     if pixels == 0:
         return grad.zero_()
     # Operand A is x, transposed: its channels are the rows.
     shape = tiles.ShapeClass.of("backward_weight", conv.pointwise, scale is not None, conv.filters)
     tile = tiles.choose(x.device, x.dtype, shape)
-    grads, grad_step = _by_pixel(grad_y)
+    grads, grad_step = by_pixel(grad_y)
     slices = _slices(inputs)
     channel_blocks = sum(triton.cdiv(width, tile.rows) for width in slices[2])
     programs = channel_blocks * triton.cdiv(conv.filters, tile.cols) * conv.taps

@@ -30,6 +30,48 @@ def dense(t: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(t)
 
 
+def pixel_stride_of(t: Tensor) -> int | None:
+    """Elements from one pixel of (N, C, H, W) to the next; None where memory has another order."""
+    N, C, H, W = t.shape
+    if C > 1 and t.stride(1) != 1:
+        return None
+    steps = [
+        (n, s) for n, s in zip((W, H, N), (t.stride(3), t.stride(2), t.stride(0)), strict=True)
+    ]
+    pixel_stride, expected = C, None
+    for count, step in steps:
+        if count == 1:
+            continue
+        if expected is None:
+            pixel_stride = step
+        elif step != expected:
+            return None
+        expected = step * count
+    return pixel_stride
+
+
+def by_pixel(t: Tensor) -> tuple[Tensor, int]:
+    """``t`` where its pixels have one distance, else a copy, and that distance."""
+    pixel_stride = pixel_stride_of(t)
+    if pixel_stride is None or pixel_stride >= 2**31:
+        return channels_last(t), t.size(1)
+    return t, pixel_stride
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """``t``, dense with its channels innermost."""
+    if pixel_stride_of(t) == t.size(1):
+        return t
+    return empty_channels_last(t.shape, t).copy_(t)
+
+
+def empty_channels_last(size: tuple[int, ...] | list[int], like: Tensor) -> Tensor:
+    """(N, C, H, W), with its channels innermost."""
+    return torch.empty(
+        size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
 def device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
@@ -41,6 +83,11 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def resident_programs(device: torch.device) -> int:
+    """Programs of 4 warps that run at a time: as many as fit with 64 registers a thread."""
+    return 8 * processors(device)
 
 
 def check_device(op: str, x: Tensor) -> None:

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <memory>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../common/tensor_checks.h"
@@ -23,7 +24,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr auto kFormat = at::MemoryFormat::ChannelsLast;
+constexpr auto kFormat = kDenseBlockFormat;
 constexpr int64_t kPieceRows = 128;
 constexpr int64_t kMaxPieces = 256;  // of a reduction, whose partial sums have to be kept
 constexpr int64_t kPadding = 32;     // values behind a vector that a kernel may read
@@ -56,19 +57,6 @@ class Vectors {
  private:
   bool is_double_;
   std::vector<std::unique_ptr<char[]>> buffers_;
-};
-
-// `t` itself where it is dense in channels-last, else a copy that is written back at the end.
-class Written {
- public:
-  explicit Written(const Tensor& t) : target_(t), dense_(t.contiguous(kFormat)) {}
-  void* data() const { return dense_.mutable_data_ptr(); }
-  void finish() const {
-    if (!dense_.is_same(target_)) target_.copy_(dense_);
-  }
-
- private:
-  Tensor target_, dense_;
 };
 
 // The norm of a consumer, whose scale is made as apply and accumulate both need it.
@@ -112,7 +100,7 @@ void dense_block_apply(const Tensor& buffer, const OptionalTensor& weight,
   check_dense_block_slice("y", y, mean.numel(), buffer);
   if (y.numel() == 0) return;
   Norm norm(buffer, weight, bias, mean, invstd);
-  const Written out(y);
+  const DenseBlockOutput out(y);
   norm.args.out = out.data();
   const DenseBlockKernels& k = kernels(norm.args);
   for_pieces(rows_of(y), norm.args.channels,
@@ -133,7 +121,7 @@ std::tuple<Tensor, Tensor> dense_block_accumulate(const Tensor& grad_y, const Te
   if (grad_y.numel() > 0) {
     Norm norm(buffer, weight, bias, mean, invstd);
     const Tensor grad = grad_y.contiguous(kFormat);
-    const Written total(grad_sum);
+    const DenseBlockOutput total(grad_sum);
     norm.args.grad_y = grad.const_data_ptr();
     norm.args.grad_y_stride = channels;
     norm.args.grad_sum = total.data();
@@ -219,6 +207,27 @@ Tensor dense_block_gradient(const OptionalTensor& grad_y, const Tensor& buffer_,
   return out;
 }
 
+void dense_block_update_running(const Tensor& mean, const Tensor& var, int64_t count,
+                                at::TensorList running_means, at::TensorList running_vars,
+                                at::ArrayRef<double> momenta) {
+  check_dense_block_running(mean, var, count, running_means, running_vars, momenta);
+  const std::vector<double> batch_mean = to_vector(mean);
+  std::vector<double> batch_var = to_vector(var);
+  const double unbiased =
+      static_cast<double>(count) / static_cast<double>(std::max<int64_t>(count - 1, 1));
+  for (double& v : batch_var) v *= unbiased;
+  const auto update = [](const Tensor& running, const std::vector<double>& batch, double momentum) {
+    visit_values(running, [&](auto& value, int64_t c) {
+      value = static_cast<std::remove_reference_t<decltype(value)>>(
+          (1 - momentum) * static_cast<double>(value) + momentum * batch[c]);
+    });
+  };
+  for (size_t i = 0; i < momenta.size(); ++i) {
+    update(running_means[i], batch_mean, momenta[i]);
+    update(running_vars[i], batch_var, momenta[i]);
+  }
+}
+
 }  // namespace
 }  // namespace resops
 
@@ -226,4 +235,5 @@ TORCH_LIBRARY_IMPL(resops, CPU, m) {
   m.impl("dense_block_apply", &resops::dense_block_apply);
   m.impl("dense_block_accumulate", &resops::dense_block_accumulate);
   m.impl("dense_block_gradient", &resops::dense_block_gradient);
+  m.impl("dense_block_update_running", &resops::dense_block_update_running);
 }

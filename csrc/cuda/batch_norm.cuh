@@ -18,24 +18,6 @@
 
 namespace resops::cuda {
 
-template <class T>
-__device__ __forceinline__ double read_running(const RunningStatistic& r, int64_t c) {
-  if (r.is_float) return static_cast<const float*>(r.data)[c * r.stride];
-  return to_float(static_cast<const T*>(r.data)[c * r.stride]);
-}
-
-template <class T>
-__device__ __forceinline__ void update_running(const RunningStatistic& r, int64_t c, double batch,
-                                               double momentum) {
-  if (r.data == nullptr) return;
-  const float value = static_cast<float>((1 - momentum) * read_running<T>(r, c) + momentum * batch);
-  if (r.is_float) {
-    static_cast<float*>(r.data)[c * r.stride] = value;
-  } else {
-    static_cast<T*>(r.data)[c * r.stride] = from_float<T>(value);
-  }
-}
-
 __device__ inline void write_statistics(const BatchNormStatistics& out, int64_t c, double mean,
                                         double var) {
   if (out.mean) out.mean[c] = static_cast<float>(mean);

@@ -19,6 +19,24 @@ __device__ __forceinline__ float load_channel(const ChannelVector& p, int64_t c,
   return to_float(load_nc<T>(static_cast<const T*>(p.data) + c));
 }
 
+template <class T>
+__device__ __forceinline__ double read_running(const RunningStatistic& r, int64_t c) {
+  if (r.is_float) return static_cast<const float*>(r.data)[c * r.stride];
+  return to_float(static_cast<const T*>(r.data)[c * r.stride]);
+}
+
+template <class T>
+__device__ __forceinline__ void update_running(const RunningStatistic& r, int64_t c, double batch,
+                                               double momentum) {
+  if (r.data == nullptr) return;
+  const float value = static_cast<float>((1 - momentum) * read_running<T>(r, c) + momentum * batch);
+  if (r.is_float) {
+    static_cast<float*>(r.data)[c * r.stride] = value;
+  } else {
+    static_cast<T*>(r.data)[c * r.stride] = from_float<T>(value);
+  }
+}
+
 // Whether vectors of values per channel may start at these addresses, where they are not null.
 inline bool are_aligned(std::initializer_list<const void*> vectors) {
   for (const void* p : vectors) {
@@ -52,7 +70,7 @@ class Channels {
             for (int j = 0; j < 4; ++j) v[i + j] = part[j];
           }
         } else {
-          unpack<T, kCount>(load_nc<uint4>(static_cast<const T*>(p.data) + first_), v);
+          unpack<T, kCount>(load_nc<Raw<T, kCount>>(static_cast<const T*>(p.data) + first_), v);
         }
         return;
       }

@@ -3,8 +3,8 @@
 // memory.
 //
 // A thread handles kVec neighbouring elements: 16 bytes (8 of 16 bits, 4 of float), or 1 where the
-// rows of a tensor do not start on 16 bytes. A mask has one bit per element, lowest bit first, so
-// that 8 / kVec neighbouring lanes share a byte.
+// rows of a tensor do not start on 16 bytes; or 8 bytes (4 of 16 bits) beside 4 of float. A mask
+// has one bit per element, lowest bit first, so that 8 / kVec neighbouring lanes share a byte.
 
 #pragma once
 
@@ -24,8 +24,8 @@ constexpr int kVectorSize = 16 / sizeof(T);
 // kVec elements as they are in memory.
 template <class T, int kVec>
 struct RawType {
-  static_assert(kVec == kVectorSize<T>);
-  using type = uint4;
+  static_assert(kVec == kVectorSize<T> || kVec * sizeof(T) == 8);
+  using type = std::conditional_t<kVec == kVectorSize<T>, uint4, uint2>;
 };
 template <class T>
 struct RawType<T, 1> {
@@ -64,6 +64,12 @@ template <class T, int kVec>
 __device__ __forceinline__ void unpack(const Raw<T, kVec>& raw, float (&v)[kVec]) {
   if constexpr (kVec == 1) {
     v[0] = to_float(raw);
+  } else if constexpr (sizeof(raw) == 8) {
+    const float2 low = unpack_pair<T>(raw.x), high = unpack_pair<T>(raw.y);
+    v[0] = low.x;
+    v[1] = low.y;
+    v[2] = high.x;
+    v[3] = high.y;
   } else {
     const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
@@ -83,6 +89,8 @@ template <class T, int kVec>
 __device__ __forceinline__ Raw<T, kVec> pack(const float (&v)[kVec]) {
   if constexpr (kVec == 1) {
     return from_float<T>(v[0]);
+  } else if constexpr (sizeof(Raw<T, kVec>) == 8) {
+    return make_uint2(pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3]));
   } else if constexpr (kVec == 4) {
     return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
                       __float_as_uint(v[3]));

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import _dispatch
+from ..nn import observer
 from ..nn.batch_norm import NormAct
+from ..nn.dense_block import DenseBlockCall
 from ..nn.norm_layers import NormThenAct
 from ..ops import conv_bn_act
-from . import layers, observer
+from . import layers
 from .fusing import fuse_report, fused_blocks, join
 from .report import FuseReport
 from .steps import FOLDED, Step
@@ -82,7 +84,9 @@ class _Listener:
 
         return hook
 
-    def hear(self, step: Step, path: str, x: Tensor) -> None:
+    def hear(self, step: Any, path: str, x: Tensor) -> None:
+        if not isinstance(step, Step):
+            return
         name, block, steps = self.running[-1]
         steps.append(step)
         reasons = (_why(path, x), _convolution(block, step, path, x))
@@ -128,9 +132,17 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _layer_paths(model: nn.Module, inputs: tuple[Any, ...]) -> list[Path]:
-    """Of every norm layer of resops.nn, in the order of the calls."""
-    paths: list[Path] = []
+    """Of every norm layer of resops.nn, and of every block that is one op, in the order of the
+    calls."""
     names = {module: name for name, module in model.named_modules()}
+    if not any(isinstance(module, NormAct | NormThenAct) for module in names):
+        return []
+    blocks: list[DenseBlockCall] = []
+    # Modules with hooks would be called one by one: first without, to learn which are not.
+    with torch.random.fork_rng(), observer.listen(lambda call, path, x: blocks.append(call)):
+        model(*inputs)
+    inside = {module for call in blocks for pair in call.pairs for module in pair}
+    paths: list[Path] = []
     last: list[tuple[Tensor, Tensor, nn.Module]] = []  # convolution: output, input and itself
 
     def hear_convolution(conv: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -147,15 +159,29 @@ def _layer_paths(model: nn.Module, inputs: tuple[Any, ...]) -> list[Path]:
         pattern = type(layer).__name__ + ("" if act == "Identity" else f"+{act}")
         paths.append(Path(names[layer], pattern, path, why))
 
-    for module in names:
+    def hear_block(call: DenseBlockCall, path: str, x: Tensor) -> None:
+        norms = [names[norm] for norm, _ in call.pairs]
+        paths.append(_block_path(norms, call, path, x))
+
+    for module in names.keys() - inside:
         if isinstance(module, NormAct | NormThenAct):
             module.register_forward_pre_hook(hear)
         elif isinstance(module, nn.Conv2d | nn.Conv3d) and module.weight.device.type != "cpu":
             module.register_forward_hook(hear_convolution)
-    if any(isinstance(module, NormAct | NormThenAct) for module in names):
-        with torch.random.fork_rng():
-            model(*inputs)
+    with torch.random.fork_rng(), observer.listen(hear_block):
+        model(*inputs)
     return paths
+
+
+def _block_path(norms: list[str], call: DenseBlockCall, path: str, x: Tensor) -> Path:
+    """Of a dense block; ``norms`` are the names of those in it."""
+    layers = (len(norms) - call.transition) // 2
+    pattern = "dense_block" + ("+transition" if call.transition else "") if layers else "transition"
+    # A norm of a layer is two levels below the block, that of a transition one below it.
+    name = ".".join(norms[0].split(".")[: -2 if layers else -1])
+    if call.why is not None:
+        path = f"layer by layer, {path}"
+    return Path(name, pattern, path, "; ".join(filter(None, [call.why, _why(path, x)])))
 
 
 def _layer_path(layer: nn.Module, x: Tensor) -> tuple[str, str]:
@@ -176,7 +202,7 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     """Call a fused model, and tell which path every fused step took, and why no better one.
 
     Of a model that was not fused, but made of the layers of resops.nn, such as those of
-    resops.models, it tells the path of every norm layer.
+    resops.models, it tells the path of every norm layer, and of every dense block that is one op.
 
     On a GPU it also tells what computes the convolution before a norm, and why.
 

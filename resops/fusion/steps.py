@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..nn import observer
 from ..nn.conv_bn_act import convolve, folded_conv
 from ..reference.activation import activate
-from . import layers, observer
+from . import layers
 from .layers import Path
 from .report import Reason
 

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .. import _dispatch
 from ..functional import DenseLayer, NormConv
 from ..ops.dense_block import dense_block as op
+from ..ops.dense_block import fallback_reason
+from . import observer
 from .batch_norm import BatchNormAct2d, is_plain, next_statistics
 from .conv_bn_act import conv_norm_act, may_fuse
 
 Pair = tuple[nn.Module, nn.Module]
+
+
+class DenseBlockCall(NamedTuple):
+    """What :func:`resops.explain` hears of a block that is called as one op."""
+
+    pairs: list[Pair]  # norms and convolutions of the layers, then of the transition
+    transition: bool
+    why: str | None  # it is computed layer by layer
 
 
 def dense_block(
@@ -51,6 +62,10 @@ def dense_block(
         assert isinstance(norm, BatchNormAct2d)
         return conv_norm_act(conv, norm, z)
 
+    if observer.listening():
+        why = fallback_reason(x, dense, end)
+        call = DenseBlockCall(pairs, end is not None, why)
+        observer.tell(call, _dispatch.choose("batch_norm", x), x)
     return op(x, dense, end, drop_rate=drop_rate, narrow=narrow)
 
 

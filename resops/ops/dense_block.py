@@ -5,14 +5,14 @@ resops/ops/dense_block_passes.py has the two passes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _dispatch, _native
+from .. import _dispatch, _native, _triton
 from .._autograd import traced_to_aten
 from ..reference import dense_block as reference
 from ..reference.conv_norm import ConvNorm
@@ -410,7 +410,48 @@ def _fake_gradient(
     )
 
 
-if _native.module is not None:
-    torch.library.register_fake(f"resops::{OP}_apply", _fake_apply)
-    torch.library.register_fake(f"resops::{OP}_accumulate", _fake_accumulate)
-    torch.library.register_fake(f"resops::{OP}_gradient", _fake_gradient)
+def _fake_update_running(
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor],
+    momenta: Sequence[float],
+) -> None:
+    _check_vectors(mean, mean.numel(), mean=mean, var=var)
+    if not len(running_means) == len(running_vars) == len(momenta):
+        raise RuntimeError(
+            "running_means, running_vars and momenta should be as many, but got "
+            f"{len(running_means)}, {len(running_vars)} and {len(momenta)}"
+        )
+    half: torch.dtype | None = None
+    for running_mean, running_var in zip(running_means, running_vars, strict=True):
+        channels = running_mean.numel()
+        if channels > mean.numel():
+            raise RuntimeError(
+                f"running_means should have at most the {mean.numel()} elements of mean, but got "
+                f"{channels}"
+            )
+        for name, t in (("running_means", running_mean), ("running_vars", running_var)):
+            if t.numel() != channels:
+                raise RuntimeError(f"{name} should contain {channels} elements not {t.numel()}")
+            if t.dtype == mean.dtype:
+                continue
+            half = half or t.dtype
+            if t.dtype != half or half not in (torch.float16, torch.bfloat16):
+                raise RuntimeError(
+                    f"mixed dtype: expect {name} to have dtype {mean.dtype}, but got {t.dtype}"
+                )
+
+
+# Of each phase the fake kernel, and which arguments it writes to.
+_FAKES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "apply": (_fake_apply, ("y",)),
+    "accumulate": (_fake_accumulate, ("grad_sum",)),
+    "gradient": (_fake_gradient, ()),
+    "update_running": (_fake_update_running, ()),
+}
+for _phase, (_fake, _writes) in _FAKES.items():
+    if _native.module is not None:
+        torch.library.register_fake(f"resops::{OP}_{_phase}", _fake)
+    _triton.register(OP, _phase, getattr(reference, f"{OP}_{_phase}"), _fake, _writes)

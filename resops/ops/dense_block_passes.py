@@ -8,6 +8,7 @@ consumers are through (docs/math/dense_block.md).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -17,14 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _dispatch, _magnitude
-from ..reference import dense_block as reference
+from .. import _magnitude
 from ..reference.dense_block import DenseLayer, NormConv
 from . import convolution as phases
 from . import residual_block_passes as block
 from .conv_bn_act import conv_bn_act
 from .conv_bn_act_convolution import convolution
-from .convolution import Geometry, Input
+from .convolution import Geometry, Input, Norm
 from .residual_block_passes import Layer, Normalised
 
 NORM_TENSORS = 5  # the first fields of a NormConv
@@ -83,12 +83,6 @@ class Saved(NamedTuple):
         return Saved(buffer, statistics, found, list(dropout))
 
 
-def _phases(backend: str, x: Tensor) -> Any:
-    """dense_block_apply, _accumulate and _gradient: the backend's, or the definition."""
-    has_kernels = _dispatch.refusal(backend, "dense_block", x) is None
-    return phases.NAMESPACES[backend] if has_kernels else reference
-
-
 def _geometry(part: NormConv) -> Geometry:
     return Geometry((1, 1), part.padding, (1, 1), 1)
 
@@ -124,6 +118,23 @@ def _widest(x: Tensor, layers: Sequence[DenseLayer], transition: NormConv | None
     return x.size(1) + sum(new if transition is not None else new[:-1])
 
 
+def _read(
+    phase: str,
+    call: block.Call,
+    consumer: NormConv,
+    x: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    apply: Callable[[], Tensor],
+) -> Input:
+    """What a phase of a consumer's convolution takes: ``x``, channels of the buffer, normalised on
+    load where that was measured to be faster; else what ``apply`` writes."""
+    how = (call.backend, call.convolutions)
+    conv = (consumer.conv_weight, _geometry(consumer))
+    if phases.choose(phase, *how, x, *conv, True) == phases.FUSED:
+        return Input(x, Norm(consumer.weight, consumer.bias, *statistics, "relu", 0.0))
+    return Input(apply())
+
+
 # ---- forward ------------------------------------------------------------------------------------
 
 
@@ -157,36 +168,22 @@ class _Statistics:
         self.var[begin:end] = var
         invstds[begin:end] = torch.rsqrt(var + self.consumers[0].eps)
 
-    def update_running(self, count: int) -> None:
+    def update_running(self, count: int, ops: Any) -> None:
         """Those of all consumers at once, from the statistics of ``count`` values per channel."""
-        if not self.training:
-            return
-        mean, unbiased = self.known[0][0], self.var * (count / max(count - 1, 1))
-        for momentum in dict.fromkeys(consumer.momentum for consumer in self.consumers):
-            running, batch = [], []
-            for consumer in self.consumers:
-                if consumer.momentum == momentum and consumer.running_mean is not None:
-                    assert consumer.running_var is not None
-                    running += [consumer.running_mean.data, consumer.running_var.data]
-                    channels = consumer.running_mean.numel()
-                    batch += [mean[:channels], unbiased[:channels]]
-            if running:
-                _move_towards(running, batch, momentum)
-
-
-def _move_towards(running: list[Tensor], batch: list[Tensor], momentum: float) -> None:
-    """running = (1 - momentum) * running + momentum * batch, in the dtype of ``batch``."""
-    updated = torch._foreach_mul([t.to(batch[0].dtype) for t in running], 1 - momentum)
-    torch._foreach_add_(updated, batch, alpha=momentum)
-    torch._foreach_copy_(running, updated)
+        kept = [consumer for consumer in self.consumers if consumer.running_mean is not None]
+        if self.training and kept:
+            means, variances = zip(*((c.running_mean, c.running_var) for c in kept), strict=True)
+            momenta = [float(consumer.momentum) for consumer in kept]
+            ops.dense_block_update_running(
+                self.known[0][0], self.var, count, list(means), list(variances), momenta
+            )
 
 
 def forward(call: Call, x: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, Saved]:
     """The output, and what the backward pass needs."""
     layers, transition = call.parts(tensors)
     inner = call.inner
-    ops = _phases(inner.backend, x)
-    batch_norm = phases.NAMESPACES[inner.backend]
+    ops = phases.NAMESPACES[inner.backend]
     consumers = [layer.conv1 for layer in layers]
     consumers += [] if transition is None else [transition]
     buffer = x.contiguous(memory_format=torch.channels_last)
@@ -198,7 +195,7 @@ def forward(call: Call, x: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, Save
     statistics = _Statistics(consumers, widest, buffer)
     if statistics.training:
         dense = x.contiguous(memory_format=torch.channels_last)
-        statistics.add(0, *batch_norm.batch_norm_statistics(dense))
+        statistics.add(0, *ops.batch_norm_statistics(dense))
     saved = Saved(buffer, statistics.known, [], [])
     workspace = _Workspace(buffer, widest)
 
@@ -210,8 +207,15 @@ def forward(call: Call, x: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, Save
 
     begin = x.size(1)
     for index, layer in enumerate(layers):
-        z = normalised(index, layer.conv1, begin)
-        new, known, found = _new_channels(layer, z, inner, statistics.wanted(begin))
+        input = _read(
+            "forward",
+            inner,
+            layer.conv1,
+            buffer[:, :begin],
+            saved.consumer(index, begin, statistics.training),
+            functools.partial(normalised, index, layer.conv1, begin),
+        )
+        new, known, found = _new_channels(layer, input, inner, statistics.wanted(begin))
         saved.found.append(found)
         kept = None
         if call.drop_rate > 0:
@@ -219,7 +223,7 @@ def forward(call: Call, x: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, Save
             known = None
         saved.dropout.append(kept)
         if statistics.wanted(begin):
-            statistics.add(begin, *(known or batch_norm.batch_norm_statistics(new)))
+            statistics.add(begin, *(known or ops.batch_norm_statistics(new)))
         end = begin + new.size(1)
         buffer[:, begin:end] = new
         begin = end
@@ -229,18 +233,19 @@ def forward(call: Call, x: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, Save
         weight = transition.conv_weight
         how = (_geometry(transition), inner.backend, inner.convolutions)
         y, _ = phases.forward(Input(pooled), weight, None, *how, False)
-    statistics.update_running(phases.count_of(x))
+    statistics.update_running(phases.count_of(x), ops)
     return y, saved
 
 
 def _new_channels(
-    layer: DenseLayer, z: Tensor, call: block.Call, statistics: bool
+    layer: DenseLayer, input: Input, call: block.Call, statistics: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Normalised]:
-    """conv2( relu( norm2( conv1(z) ) ) ), its statistics where those cost nothing, and conv1(z)."""
+    """conv2( relu( norm2( conv1(input) ) ) ), its statistics where those cost nothing, and what
+    conv1 made."""
     narrow = _layer(layer.conv1, layer.conv2)
     weight, geometry = layer.conv2.conv_weight, _geometry(layer.conv2)
     how = (call.backend, call.convolutions)
-    c, known = block.convolve(Input(z), narrow, call, narrow.training)
+    c, known = block.convolve(input, narrow, call, narrow.training)
     value = None
     if phases.choose("forward", *how, c, weight, geometry, True) == phases.FUSED:
         found = block.statistics_of(narrow, c, known, call)
@@ -289,7 +294,7 @@ def evaluate(call: Call, x: Tensor, tensors: Sequence[Any], narrow: Narrow | Non
         with torch.inference_mode(False), torch.no_grad():
             return evaluate(call, x, tensors, narrow)
     layers, transition = call.parts(tensors)
-    ops = _phases(call.inner.backend, x)
+    ops = phases.NAMESPACES[call.inner.backend]
     channels = x.size(1) + sum(layer.conv2.conv_weight.size(0) for layer in layers)
     buffer = x.contiguous(memory_format=torch.channels_last)
     if layers:
@@ -345,7 +350,7 @@ class Gradients:
         self.needs_x, self.needs = needs[0], needs[1:]
         self.grad_x: Tensor | None = None
         self.grads: list[Tensor | None] = [None] * len(tensors)
-        self.ops = _phases(call.inner.backend, saved.buffer)
+        self.ops = phases.NAMESPACES[call.inner.backend]
         self.training = (self.transition or self.layers[0].conv1).training
         new = [layer.conv2.conv_weight.size(0) for layer in self.layers]
         self.offsets = list(itertools.accumulate(new, initial=x_channels))
@@ -469,10 +474,16 @@ class Gradients:
         grad_c = self._through_norm(at + NORM_TENSORS, narrow, found, g, sums)
         if not self._reaches(at + NORM_TENSORS):
             return
-        z = Input(self._normalised(index, layer.conv1))
-        self._convolution(layer.conv1, at, z, grad_c)
+        channels = self.offsets[index]
+        x = self.saved.buffer[:, :channels]
+        if self.needs[at + _CONV_WEIGHT]:
+            statistics = self.saved.consumer(index, channels, self.training)
+            apply = functools.partial(self._normalised, index, layer.conv1)
+            z = _read("backward_weight", self.call.inner, layer.conv1, x, statistics, apply)
+            self._convolution(layer.conv1, at, z, grad_c)
         if self._reaches(at + _CONV_WEIGHT):
-            self._accumulate(index, layer.conv1, self._data(layer.conv1, z, grad_c)[0])
+            # Without the norm: its gradient goes into the sum over all consumers.
+            self._accumulate(index, layer.conv1, self._data(layer.conv1, Input(x), grad_c)[0])
 
     def _through_norm(
         self,

@@ -182,3 +182,28 @@ def dense_block_gradient(
         total = inside if outside is None else inside + outside
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return out.copy_(total)
+
+
+def dense_block_update_running(
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor],
+    momenta: Sequence[float],
+) -> None:
+    """Update the running statistics of all consumers, of each its first channels.
+
+    running = (1 - momentum) * running + momentum * batch, with the unbiased variance. As in torch
+    the version counters stay.
+
+    Args:
+        mean, var: (C,), of ``count`` values per channel; var is biased.
+        running_means, running_vars: (at most C,) each; written.
+        momenta: of each consumer.
+    """
+    unbiased = var * (count / max(count - 1, 1))
+    for batch, written in ((mean, running_means), (unbiased, running_vars)):
+        for running, momentum in zip(written, momenta, strict=True):
+            new = momentum * batch[: running.numel()]
+            running.data.copy_((1 - momentum) * running.to(batch.dtype) + new)

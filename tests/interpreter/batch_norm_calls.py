@@ -85,12 +85,12 @@ def check(case: BatchNormCase, runner: Callable[..., Outputs] = run_ops) -> Outp
 @contextmanager
 def programs(count: int) -> Iterator[None]:
     """As on a device that holds so many programs at a time."""
-    before = kernels._resident_programs
-    kernels._resident_programs = lambda device: count
+    before = kernels.resident_programs
+    kernels.resident_programs = lambda device: count
     try:
         yield
     finally:
-        kernels._resident_programs = before
+        kernels.resident_programs = before
 
 
 def rule_R(activation: str, layout: str) -> None:

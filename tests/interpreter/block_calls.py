@@ -16,6 +16,7 @@ import torch
 
 import resops
 from resops.ops import convolution
+from tests.dispatch import counted_calls
 from tests.interpreter.kernels import import_kernels
 from tests.interpreter.test_backend import BLOCKS
 from tests.ops import dense_block_cases
@@ -104,12 +105,16 @@ def compiled(op: str) -> None:
 
 
 def dense_block() -> None:
-    """A layer and a transition: the definition's phases between Triton's."""
-    args = dense_block_cases.block(torch.float32, layers=1, size=(2, 4, 4))
+    """Two layers and a transition: every phase is Triton's, and the 1x1 convolutions of the layers
+    normalise the buffer on load, forward and for the gradient of their weight."""
+    args = dense_block_cases.block(torch.float32, layers=2, size=(2, 4, 4))
     its = dense_block_cases.results(dense_block_cases.definition, dense_block_cases.fresh(args))
-    with fused_by_triton() as calls:
+    with fused_by_triton() as calls, counted_calls() as ops:
         mine = dense_block_cases.results(resops.functional.dense_block, args)
-    assert calls == dict.fromkeys(PHASES, 3)  # two convolutions of the layer, and the transition's
+    assert calls == dict.fromkeys(PHASES, 5)  # two convolutions of a layer, and the transition's
+    expected = {"apply": 2, "accumulate": 3, "gradient": 3, "update_running": 1}  # transition only
+    for phase, count in expected.items():
+        assert ops[f"resops_triton::dense_block_{phase}"] == count, phase
     for name, t in mine.items():
         torch.testing.assert_close(t, its[name], rtol=1e-3, atol=1e-3, msg=name)
 

@@ -116,7 +116,7 @@ def parts_of_wider_tensors() -> None:
         wide[:] = math.nan
         wide[:, first : first + size] = case.x
         part = wide[:, first : first + size]
-        assert kernels._by_pixel(part)[0] is part
+        assert kernels.by_pixel(part)[0] is part
         ours, dense = check(replace(case, inputs=[part]), (64, 16, 32)), run(case, (64, 16, 32))
         for name, t in ours.items():
             assert torch.equal(t, dense[name]), name

@@ -21,11 +21,14 @@ from tests.interpreter.ahead_of_time import CAPABILITIES, Compiled, compile_laun
 from tests.interpreter.kernels import import_kernels
 
 # These walk over the whole tensor: 16 bytes at a time where the rows are whole vectors.
-BATCH_NORM_STREAMS = {
+STREAMS = {
     "batch_norm_statistics_kernel",
     "batch_norm_apply_kernel",
     "batch_norm_backward_reduce_kernel",
     "batch_norm_backward_apply_kernel",
+    "dense_block_apply_kernel",
+    "dense_block_accumulate_kernel",
+    "dense_block_gradient_kernel",
 }
 # Of a thread, so that 4 programs of 128 threads, or 3, share a multiprocessor's 65536 registers.
 FOUR_PROGRAMS, THREE_PROGRAMS = 128, 168
@@ -103,7 +106,42 @@ RESIDUAL_ADD: dict[str, tuple[Callable[[], None], bool]] = {
         ("gate", torch.empty(8, 64, 56, 56, dtype=BF16), None, True, "relu"),
     )
 }
-CASES = {**BATCH_NORM, **RESIDUAL_ADD}
+
+
+def dense_block_call(dtype: torch.dtype, wide_sum: bool, channels: int, total: int) -> None:
+    """A consumer of a buffer, forward and backward, with and without a gradient from outside."""
+    kernels = import_kernels("dense_block")
+
+    def images(count: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(8, count, 14, 14, dtype=kind).to(memory_format=LAST)
+
+    buffer, grads, y = images(total), images(total), images(channels)
+    weight, bias, mean, invstd = (torch.empty(channels) for _ in range(4))
+    norm = (buffer, weight, bias, mean, invstd)
+    kernels.dense_block_apply(*norm, y)
+    grad_sum = images(total, FP32 if wide_sum else dtype)
+    for training, first in ((True, True), (True, False), (False, False)):
+        kernels.dense_block_accumulate(y, *norm, grad_sum, training, first)
+    vectors = tuple(torch.empty(32) for _ in range(4))
+    for outside in (grads, None):
+        kernels.dense_block_gradient(outside, buffer, grad_sum, *vectors, channels - 32, channels)
+    kernels.dense_block_gradient(grads, buffer, grad_sum, None, None, None, None, 0, channels)
+    widths = range(64, 64 + 32 * 25, 32)  # 25 consumers: the third block of DenseNet-121
+    running = [[torch.empty(n) for n in widths] for _ in range(2)]
+    mean, var = (torch.empty(widths[-1]) for _ in range(2))
+    kernels.dense_block_update_running(mean, var, 1568, *running, [0.1] * len(widths))
+
+
+DENSE_BLOCK: dict[str, tuple[Callable[[], None], bool]] = {
+    label: (functools.partial(dense_block_call, *arguments), vectors)
+    for label, vectors, *arguments in (
+        ("dense block bf16", True, BF16, False, 224, 512),
+        ("dense block fp16, sum fp32", True, FP16, True, 96, 256),
+        ("dense block fp32", True, FP32, False, 128, 256),
+        ("dense block bf16, k = 12", False, BF16, False, 60, 84),
+    )
+}
+CASES = {**BATCH_NORM, **RESIDUAL_ADD, **DENSE_BLOCK}
 
 
 def compiled(label: str, capability: int) -> list[Compiled]:
@@ -125,7 +163,7 @@ def test_compiles_without_spills(label: str, capability: int) -> None:
         assert result.shared <= SHARED_MEMORY, str(result)
         lean = CASES[label][1] and "gelu" not in label
         assert result.registers <= (FOUR_PROGRAMS if lean else THREE_PROGRAMS), str(result)
-        if CASES[label][1] and result.launch.name in BATCH_NORM_STREAMS:
+        if CASES[label][1] and result.launch.name in STREAMS:
             assert result.widest("ld") == 16, str(result)
             if result.launch.name.endswith("apply_kernel"):
                 assert result.widest("st") == 16, str(result)
@@ -134,7 +172,7 @@ def test_compiles_without_spills(label: str, capability: int) -> None:
 def test_every_kernel_is_compiled() -> None:
     names = {
         name
-        for op in ("batch_norm", "residual_add")
+        for op in ("batch_norm", "dense_block", "residual_add")
         for name in vars(import_kernels(op))
         if name.endswith("_kernel")
     }

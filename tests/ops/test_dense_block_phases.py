@@ -4,106 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from resops.reference import dense_block as reference
-from tests.accuracy import Exact, assert_rule_R
+from tests.ops.dense_block_phases_oracle import (
+    assert_definition,
+    assert_gradient_of_many_consumers,
+    assert_running_statistics,
+    case,
+    like,
+)
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
 F64 = torch.float64
-NHWC = torch.channels_last
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-EPS = 1e-5
 ops: Any = torch.ops.resops
-
-
-def statistics_of(buffer: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(buffer.dtype, torch.float32)
-    var, mean = torch.var_mean(buffer.double(), (0, 2, 3), correction=0)
-    return mean.to(wide), torch.rsqrt(var + EPS).to(wide)
-
-
-def case(
-    dtype: torch.dtype, channels: int, total: int, size: tuple[int, int, int] = (3, 5, 4)
-) -> dict[str, Tensor]:
-    """A buffer whose channels have means, and a consumer of the first of them."""
-    n, height, width = size
-    offset = torch.linspace(-2, 3, total).view(1, -1, 1, 1)
-    buffer = (torch.randn(n, total, height, width) + offset).to(dtype)
-    buffer = buffer.contiguous(memory_format=NHWC)
-    mean, invstd = statistics_of(buffer)
-    return {
-        "buffer": buffer,
-        "weight": (torch.rand(channels) + 0.5).to(mean.dtype),
-        "bias": torch.randn(channels).to(mean.dtype),
-        "mean": mean[:channels].clone(),
-        "invstd": invstd[:channels].clone(),
-    }
-
-
-def like(buffer: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Random, of the buffer's image size."""
-    t = torch.randn(buffer.size(0), channels, *buffer.shape[2:]).to(dtype or buffer.dtype)
-    return t.contiguous(memory_format=NHWC)
 
 
 # ---- against the definition ---------------------------------------------------------------------
 
 
-def guarded(t: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy between sentinels, and all of its memory."""
-    stored = t.permute(0, 2, 3, 1).contiguous()
-    memory = torch.full((stored.numel() + 128,), 7.0, dtype=t.dtype)
-    inside = memory[64:-64].view(stored.shape).copy_(stored)
-    return inside.permute(0, 3, 1, 2), memory
-
-
-def assert_guards(memory: Tensor) -> None:
-    assert (memory[:64] == 7).all() and (memory[-64:] == 7).all()
-
-
 @pytest.mark.parametrize("channels", [1, 12, 32, 37, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_phases_are_the_definition(capability: str, dtype: torch.dtype, channels: int) -> None:
-    """One rounding apart at most, and not a byte written beside."""
-    norm = case(dtype, channels, 70)
-    buffer = norm["buffer"]
-    unit = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 32 * torch.finfo(norm["mean"].dtype).eps}
-    (y, memory), its = guarded(like(buffer, channels)), like(buffer, channels)
-    ops.dense_block_apply(**norm, y=y)
-    reference.dense_block_apply(**norm, y=its)
-    torch.testing.assert_close(y, its, **unit)
-    assert_guards(memory)
+    assert_definition(ops, dtype, channels)
 
-    grad_y = like(buffer, channels)
-    for training, first, wide in ((True, True, False), (True, False, True), (False, False, False)):
-        total = like(buffer, 65, norm["mean"].dtype if wide else dtype)
-        (mine, memory), its = guarded(total), total.clone(memory_format=torch.preserve_format)
-        sums = ops.dense_block_accumulate(
-            grad_y, **norm, grad_sum=mine, training=training, first=first
-        )
-        wanted = reference.dense_block_accumulate(
-            grad_y, **norm, grad_sum=its, training=training, first=first
-        )
-        torch.testing.assert_close(mine, its, **unit)
-        assert torch.equal(mine[:, channels:], total[:, channels:])
-        assert_guards(memory)
-        for a, b in zip(sums, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
-        vectors = [torch.randn_like(norm["mean"]) for _ in range(2)]
-        known = (norm["mean"], norm["invstd"], *vectors)
-        for outside in (like(buffer, 70), None):
-            for given in (known, (None,) * 4):
-                args = (outside, buffer, mine, *given, 0, channels)
-                torch.testing.assert_close(
-                    ops.dense_block_gradient(*args), reference.dense_block_gradient(*args), **unit
-                )
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_running_statistics_of_all_consumers(dtype: torch.dtype) -> None:
+    assert_running_statistics(ops, dtype)
 
 
 def test_slice_in_the_middle() -> None:
@@ -174,63 +105,7 @@ def test_same_bits_for_any_number_of_threads(channels: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("bias", [0.0, 1.0], ids=["zero-mean", "biased"])
 def test_gradient_of_many_consumers(dtype: torch.dtype, consumers: int, bias: float) -> None:
-    """Gradients of a channel that 25 or 49 norms read: rule R against autograd of PyTorch's ops,
-    which add up one gradient after the other in the input's dtype."""
-    channels, (n, height, width) = 5, (4, 4, 4)
-    x = (torch.randn(n, channels, height, width) + 1).to(dtype).contiguous(memory_format=NHWC)
-    weights = [torch.rand(channels) + 0.5 for _ in range(consumers)]
-    biases = [torch.randn(channels) for _ in range(consumers)]
-    grads = [(like(x, channels, torch.float32) + bias).to(dtype) for _ in range(consumers)]
-    norms = list(zip(weights, biases, grads, strict=True))
-    mean, invstd = statistics_of(x)
-
-    total = torch.empty_like(x)
-    means = torch.zeros(2, channels)
-    ours = []
-    for i, (weight, shift, grad) in enumerate(norms):
-        sums = ops.dense_block_accumulate(grad, x, weight, shift, mean, invstd, total, True, i == 0)
-        means += weight * torch.stack(sums) / (n * height * width)
-        ours.append(sums)
-    grad_x = ops.dense_block_gradient(None, x, total, mean, invstd, *means, 0, channels)
-
-    leaf = x.clone().requires_grad_()
-    pairs = [
-        (w.clone().requires_grad_(), b.clone().requires_grad_())
-        for w, b in zip(weights, biases, strict=True)
-    ]
-    ys = [F.batch_norm(leaf, None, None, *pair, True, 0.1, EPS).relu() for pair in pairs]
-    torch.autograd.backward(ys, grads)
-    assert leaf.grad is not None
-
-    # The truth, and the sums of the absolute values of its terms.
-    wide = x.double()
-    centred = wide - wide.mean((0, 2, 3), keepdim=True)
-    inverse = torch.rsqrt(centred.square().mean((0, 2, 3), keepdim=True) + EPS)
-    xhat = centred * inverse
-    value = torch.zeros_like(wide)
-    terms = torch.zeros_like(wide)
-    for i, (weight, shift, grad) in enumerate(norms):
-        w, b = (t.double().view(1, -1, 1, 1) for t in (weight, shift))
-        g = grad.double() * (w * xhat + b > 0)
-
-        def average(t: Tensor) -> Tensor:
-            return t.mean((0, 2, 3), keepdim=True)
-
-        value += w * inverse * (g - average(g) - xhat * average(g * xhat))
-        spread = g.abs() + average(g.abs()) + xhat.abs() * average((g * xhat).abs())
-        terms += w.abs() * inverse * spread
-        for mine, its, product in (
-            (ours[i][0], pairs[i][1], g),
-            (ours[i][1], pairs[i][0], g * xhat),
-        ):
-            exact = Exact(product.sum((0, 2, 3)).numpy(), product.abs().sum((0, 2, 3)).numpy(), 0)
-            assert_rule_R("sum", mine, its.grad, exact, dtype, kappa(wide, inverse))
-    exact = Exact(value.numpy(), terms.numpy())
-    assert_rule_R("grad_x", grad_x, leaf.grad, exact, dtype, kappa(wide, inverse))
-
-
-def kappa(x: Tensor, invstd: Tensor) -> Any:
-    return np.asarray((x.abs().mean((0, 2, 3)) * invstd.flatten()).numpy())
+    assert_gradient_of_many_consumers(ops, dtype, consumers, bias)
 
 
 # ---- registered as they should be ---------------------------------------------------------------
@@ -249,6 +124,9 @@ def test_opcheck() -> None:
         for given in (vectors, [None] * 4):
             call = (like(norm["buffer"], 16), norm["buffer"], total, *given, 0, 4)
             torch.library.opcheck(ops.dense_block_gradient.default, call)
+        running = [[torch.rand(n) for n in (12, 5)] for _ in range(2)]
+        call = (norm["mean"], norm["invstd"], 60, *running, [0.1, 0.2])
+        torch.library.opcheck(ops.dense_block_update_running.default, call)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -286,3 +164,28 @@ def test_bad_calls_raise(device: str) -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.dense_block_gradient(*args)
+    running = [torch.zeros(n, device=device) for n in (12, 5)]
+    update = {
+        "mean": norm["mean"],
+        "var": norm["invstd"],
+        "count": 60,
+        "running_means": running,
+        "running_vars": running,
+        "momenta": [0.1, 0.1],
+    }
+    halves = [running[0].half(), running[1].bfloat16()]
+    for change, message in (
+        ({"var": norm["invstd"][:5]}, "var should contain 12 elements not 5"),
+        ({"mean": norm["mean"].half()}, "mean should have dtype"),
+        ({"momenta": [0.1]}, "as many, but got 2, 2 and 1"),
+        ({"running_vars": running[:1]}, "as many, but got 2, 1 and 2"),
+        (
+            {"running_means": [torch.zeros(13, device=device), running[1]]},
+            "at most the 12 elements",
+        ),
+        ({"running_vars": [running[0], running[0]]}, "running_vars should contain 5 elements"),
+        ({"running_means": halves}, "mixed dtype: expect running_means"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            ops.dense_block_update_running(**{**update, **change})
+    assert device == "meta" or not any(t.any() for t in running)

@@ -18,7 +18,7 @@ from . import emulator
 
 _TORCH = Path(torch.__path__[0])
 _CSRC = emulator.ROOT / "csrc"
-OPS = ("batch_norm", "batch_norm_act_max_pool", "conv_bn_act", "residual_add")
+OPS = ("batch_norm", "batch_norm_act_max_pool", "conv_bn_act", "dense_block", "residual_add")
 # conv_bn_act stages tiles in shared memory: as much as every GPU has without asking.
 _SHARED_BYTES = 48 * 1024
 

@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from resops import _dispatch
+from resops import _dispatch, functional
 from resops.ops import batch_norm as batch_norm_op
 from resops.ops import batch_norm_act_max_pool as pool_op
-from resops.ops import conv_bn_act_phases
+from resops.ops import conv_bn_act_phases, convolution
 from resops.reference import conv_bn_act as convolutions
 from resops.reference.activation import activate
 from tests.accuracy import Exact, assert_rule_R, to_numpy
+from tests.dispatch import counted_calls
 from tests.gpu.device_ops import DeviceOps
 from tests.ops import batch_norm_act_max_pool_oracle as pool_oracle
-from tests.ops import batch_norm_oracle, residual_add_oracle
+from tests.ops import batch_norm_oracle, dense_block_cases, residual_add_oracle
+from tests.ops import dense_block_phases_oracle as dense_block_oracle
 from tests.tensors import LAYOUTS, exact_batch, guarded, in_layout, ulps_apart
 
 from . import emulated_ops, emulator
@@ -428,6 +430,50 @@ def test_strides_of_batch_norm_act_max_pool(ops: Any) -> None:
             fake = pool_op._fake_forward(*arguments)
             for r, f in zip(real, fake, strict=True):
                 assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
+
+
+# ---- dense_block --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 12, 37, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_block_phases(ops: Any, dtype: torch.dtype, channels: int) -> None:
+    dense_block_oracle.assert_definition(ops, dtype, channels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_block_rule_R(ops: Any, dtype: torch.dtype) -> None:
+    """Of 49 consumers with biased gradients, and of the running statistics of several."""
+    dense_block_oracle.assert_gradient_of_many_consumers(ops, dtype, 49, 1.0)
+    dense_block_oracle.assert_running_statistics(ops, dtype)
+
+
+def test_dense_block_in_other_layouts(ops: Any) -> None:
+    norm = dense_block_oracle.case(torch.float32, 12, 16)
+    contiguous = {**norm, "buffer": norm["buffer"].contiguous()}
+    y, its = (dense_block_oracle.like(norm["buffer"], 12) for _ in range(2))
+    y = y.contiguous()
+    ops.dense_block_apply(**contiguous, y=y)
+    ops.dense_block_apply(**norm, y=its)
+    assert torch.equal(y, its)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+def test_dense_block_from_end_to_end(
+    ops: Any, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block on these phases; the library's convolutions between them."""
+    if isinstance(ops, DeviceOps):
+        pytest.skip("tests/gpu has it on a GPU")
+    monkeypatch.setitem(convolution.NAMESPACES, "native", ops)
+    args = dense_block_cases.block(torch.float32, layers=2, channels=8, training=training)
+    its = dense_block_cases.results(dense_block_cases.definition, dense_block_cases.fresh(args))
+    with convolution.convolutions("library"), counted_calls() as calls:
+        mine = dense_block_cases.results(functional.dense_block, args)
+    assert calls["resops_simt::dense_block_accumulate"] == 3
+    for name, t in mine.items():
+        # Sums of up to 90 values through 5 convolutions; a wrong formula is off by far more.
+        torch.testing.assert_close(t, its[name], rtol=1e-3, atol=1e-3, msg=name)
 
 
 # ---- how often tensors are read -----------------------------------------------------------------

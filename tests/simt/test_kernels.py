@@ -33,6 +33,7 @@ CASES = {
     "conv_bn_act": ["shapes", "windows", "flags", "statistics", "repeats", "special_values"],
     "batch_norm_slab": ["flags", "shapes", "means", "choice", "determinism"],
     "batch_norm_act_max_pool": ["shapes", "flags", "special_values"],
+    "dense_block": ["shapes", "flags", "statistics", "special_values"],
     "residual_add": ["shapes", "flags", "large_batch", "half_weights", "wanted"],
 }
 

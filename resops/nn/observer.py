@@ -1,4 +1,4 @@
-"""Lets :func:`resops.explain` hear which path a fused step takes."""
+"""Lets :func:`resops.explain` hear which path a fused step or a block of layers takes."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def listening() -> bool:
     return _state.listener is not None
 
 
-def tell(step: Any, path: str, x: Tensor) -> None:
-    """``step`` takes ``path`` with the input ``x``."""
+def tell(what: Any, path: str, x: Tensor) -> None:
+    """``what``, a step or a block, takes ``path`` with the input ``x``."""
     if _state.listener is not None:
-        _state.listener(step, path, x)
+        _state.listener(what, path, x)
 
 
 @contextlib.contextmanager
 def listen(listener: Listener) -> Iterator[None]:
-    """Inside, in this thread, ``listener`` is called for every step."""
+    """Inside, in this thread, ``listener`` is called for each of them."""
     before = _state.listener
     _state.listener = listener
     try:
