@@ -171,10 +171,24 @@ Tensor matrix_backward_data(const Tensor& grad_y, const Tensor& weight, at::IntA
   return g;
 }
 
-void matrix_backward_weight(const Tensor& grad_y, const Tensor& x, at::IntArrayRef stride,
-                            const Tensor& grad_weight) {
+// The gradient of the input of a 1x1 convolution of stride 1 is the convolution by the transposed
+// weight.
+Tensor onednn_backward_data(const Tensor& grad_y, const Tensor& weight,
+                            const ConvGeometry& geometry) {
+  const Tensor transposed = in_channels_last(weight.transpose(0, 1));
+  return at::mkldnn_convolution(grad_y, transposed, std::nullopt, geometry.padding, geometry.stride,
+                                geometry.dilation, 1);
+}
+
+void matrix_backward_weight(ConvAlgorithm algorithm, const Tensor& grad_y, const Tensor& x,
+                            at::IntArrayRef stride, const Tensor& grad_weight) {
   Tensor out = as_matrix(grad_weight);
-  at::mm_out(out, rows(grad_y, kEveryPosition).t(), rows(x, stride));
+  const Tensor grad_rows = rows(grad_y, kEveryPosition), x_rows = rows(x, stride);
+  if (algorithm == ConvAlgorithm::transposed_product) {
+    out.copy_(at::mm(x_rows.t(), grad_rows).t());
+  } else {
+    at::mm_out(out, grad_rows.t(), x_rows);
+  }
 }
 
 Tensor library_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
@@ -267,6 +281,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_bn_act_backward_data(
   Tensor g;
   if (path.algorithm == ConvAlgorithm::matrix_product) {
     g = matrix_backward_data(grad, conv_weight, input_size, stride);
+  } else if (path.algorithm == ConvAlgorithm::onednn) {
+    g = onednn_backward_data(grad, conv_weight, geometry);
   } else {
     // Only the size of the convolution's input is asked for.
     const Tensor input = x ? *x : empty_channels_last(input_size, grad_y.options());
@@ -309,8 +325,9 @@ Tensor conv_bn_act_backward_weight(const Tensor& grad_y, at::TensorList inputs,
   }
   const Tensor x = in_channels_last(normalised(inputs, on_load, prologue));
   const Tensor grad = in_channels_last(grad_y);
-  if (path.algorithm == ConvAlgorithm::matrix_product) {
-    matrix_backward_weight(grad, x, stride, grad_weight);
+  if (path.algorithm == ConvAlgorithm::matrix_product ||
+      path.algorithm == ConvAlgorithm::transposed_product) {
+    matrix_backward_weight(path.algorithm, grad, x, stride, grad_weight);
     return grad_weight;
   }
   return in_channels_last(library_backward(grad, x, grad_weight, geometry, true));

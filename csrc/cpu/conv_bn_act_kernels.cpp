@@ -426,7 +426,26 @@ void multiply_transformed(const WinogradGeometry& g, const WinogradOutput& o,
   }
 }
 
-// The same with a weight that is transformed on the way.
+// Asks for one of `parts` parts of a block of the weight: its lines are far apart in memory, which
+// the processor does not foresee.
+template <class T>
+void prefetch_weight(const WeightView& w, ChannelRange in, ChannelRange out, int part, int parts) {
+  const bool along_in = w.in_stride < w.out_stride;
+  const ChannelRange run = along_in ? in : out, runs = along_in ? out : in;
+  const int64_t unit = along_in ? w.in_stride : w.out_stride;
+  const int64_t step = along_in ? w.out_stride : w.in_stride;
+  const int64_t taps = unit == 1 ? 9 : 1;  // else they lie within a run
+  const int64_t count = (runs.end - runs.begin) * taps;
+  const T* data = static_cast<const T*>(w.data) + run.begin * unit + runs.begin * step;
+  for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
+    const int64_t tap = i % taps;
+    prefetch(data + i / taps * step + tap / 3 * w.row_stride + tap % 3 * w.column_stride,
+             (run.end - run.begin) * unit * static_cast<int64_t>(sizeof(T)));
+  }
+}
+
+// The same with a weight that is transformed on the way. While one block of it is multiplied, the
+// next one is fetched.
 template <class T, int kOut>
 void transform_and_multiply(const WinogradGeometry& g, const WinogradOutput& o,
                             const WinogradOperands& operands, ChannelRange range,
@@ -439,7 +458,12 @@ void transform_and_multiply(const WinogradGeometry& g, const WinogradOutput& o,
     for (int64_t c = 0; c < g.in_channels; c += kWeightChannels) {
       const int64_t depth = std::min(g.in_channels - c, kWeightChannels);
       transform_panel<T, kOut>(o.raw_weight, {c, c + depth}, panel, space.weight, point_size);
+      const bool same_panel = c + depth < g.in_channels;
+      const int64_t next_c = same_panel ? c + depth : 0, next_k = same_panel ? k : panel.end;
+      const ChannelRange next_in{next_c, std::min(next_c + kWeightChannels, g.in_channels)};
+      const ChannelRange next_out{next_k, std::min<int64_t>(next_k + kPanel, range.end)};
       for (int point = 0; point < kPoints<kOut>; ++point) {
+        prefetch_weight<T>(o.raw_weight, next_in, next_out, point, kPoints<kOut>);
         const Product product{operands.inputs + point * in_plane + c,
                               in_width,
                               space.weight + point * point_size,

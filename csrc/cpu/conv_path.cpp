@@ -1,4 +1,6 @@
-// The measured rules by which a convolution's algorithm is chosen; bench/ops/conv.py measures them.
+// The measured rules by which a convolution's algorithm is chosen: bench/ops/conv_bn_act.py
+// measures Winograd's against the library, bench/ops/pointwise.py what there is for 1x1
+// convolutions.
 
 #include "conv_path.h"
 
@@ -14,7 +16,7 @@
 namespace resops {
 namespace {
 
-enum class Wanted { automatic, winograd, library };
+enum class Wanted { automatic, winograd, library, onednn, matrix_product, transposed_product };
 
 std::atomic<bool> highest_precision{false};
 std::atomic<Wanted> wanted_algorithm{Wanted::automatic};
@@ -48,22 +50,51 @@ const char* winograd_refusal(const ConvCall& call) {
   return nullptr;
 }
 
-// Positions of an image up to which a matrix product is the faster forward pass of a 1x1
-// convolution; oneDNN cuts larger ones better.
-constexpr int64_t kFewPositions = 14 * 14;
-
 bool is_pointwise(const ConvCall& call) {
   return call.weight_size.size() == 4 && call.weight_size[2] == 1 && call.weight_size[3] == 1 &&
          all(call.padding, 0) && has_elements(call.input_size) && has_elements(call.output_size);
 }
 
-// torch computes 1x1 convolutions in float32 by a path of its own, which is slower than both.
+// torch computes 1x1 convolutions in float32 by a path of its own, which is slower than all of
+// these. What is fastest, by the positions of an image, as measured by bench/ops/pointwise.py.
 ConvPath pointwise_path(const ConvCall& call) {
   const int64_t positions = call.output_size[2] * call.output_size[3];
-  if (call.direction == ConvDirection::forward && positions > kFewPositions) {
-    return {ConvAlgorithm::onednn, "1x1, more than 196 positions"};
+  const int64_t channels = call.weight_size[0], in_channels = call.weight_size[1];
+  switch (call.direction) {
+    case ConvDirection::forward:
+      if (positions > 14 * 14) return {ConvAlgorithm::onednn, "1x1, more than 196 positions"};
+      if (positions == 14 * 14 && in_channels >= 4 * channels) {
+        return {ConvAlgorithm::onednn, "1x1, 196 positions, four times fewer output channels"};
+      }
+      break;
+    case ConvDirection::backward_data:
+      if (positions >= 56 * 56 && all(call.stride, 1)) {
+        return {ConvAlgorithm::onednn, "1x1, at least 3136 positions"};
+      }
+      break;
+    case ConvDirection::backward_weight:
+      // The library is faster where the result has fewer rows than columns.
+      if (positions >= 28 * 28 && channels > in_channels) {
+        return {ConvAlgorithm::transposed_product, "1x1, more output than input channels"};
+      }
+      break;
   }
   return {ConvAlgorithm::matrix_product, "1x1"};
+}
+
+// The one that was asked for, where the direction has it.
+ConvPath wanted_pointwise_path(const ConvCall& call, Wanted wanted) {
+  const bool of_weight = call.direction == ConvDirection::backward_weight;
+  const bool strided_data = call.direction == ConvDirection::backward_data && !all(call.stride, 1);
+  const char* reason = "the algorithm is set";
+  if (wanted == Wanted::onednn && !of_weight && !strided_data) {
+    return {ConvAlgorithm::onednn, reason};
+  }
+  if (wanted == Wanted::matrix_product) return {ConvAlgorithm::matrix_product, reason};
+  if (wanted == Wanted::transposed_product && of_weight) {
+    return {ConvAlgorithm::transposed_product, reason};
+  }
+  return pointwise_path(call);
 }
 
 // Whether oneDNN has instructions for products in this dtype, which four times fewer products in
@@ -91,14 +122,19 @@ T by_name(const std::array<std::pair<const char*, T>, kCount>& names, const std:
 
 constexpr std::array<std::pair<const char*, bool>, 2> kPrecisions{
     {{"high", false}, {"highest", true}}};
-constexpr std::array<std::pair<const char*, Wanted>, 3> kAlgorithms{
-    {{"auto", Wanted::automatic}, {"winograd", Wanted::winograd}, {"library", Wanted::library}}};
+constexpr std::array<std::pair<const char*, Wanted>, 6> kAlgorithms{
+    {{"auto", Wanted::automatic},
+     {"winograd", Wanted::winograd},
+     {"library", Wanted::library},
+     {"onednn", Wanted::onednn},
+     {"matrix_product", Wanted::matrix_product},
+     {"transposed_product", Wanted::transposed_product}}};
 constexpr std::array<std::pair<const char*, ConvDirection>, 3> kDirections{
     {{"forward", ConvDirection::forward},
      {"backward_data", ConvDirection::backward_data},
      {"backward_weight", ConvDirection::backward_weight}}};
-constexpr std::array<const char*, 4> kAlgorithmNames{"library", "onednn", "matrix_product",
-                                                     "winograd"};
+constexpr std::array<const char*, 5> kAlgorithmNames{"library", "onednn", "matrix_product",
+                                                     "transposed_product", "winograd"};
 constexpr std::array<std::pair<const char*, at::ScalarType>, 4> kDtypes{
     {{"float32", at::kFloat},
      {"bfloat16", at::kBFloat16},
@@ -110,7 +146,7 @@ constexpr std::array<std::pair<const char*, at::ScalarType>, 4> kDtypes{
 ConvPath conv_path(const ConvCall& call) {
   const Wanted wanted = wanted_algorithm;
   if (wanted != Wanted::library && call.dtype == at::kFloat && is_pointwise(call)) {
-    return pointwise_path(call);
+    return wanted_pointwise_path(call, wanted);
   }
   if (const char* refusal = winograd_refusal(call)) return {ConvAlgorithm::library, refusal};
   if (wanted == Wanted::library) return {ConvAlgorithm::library, "the algorithm is set"};

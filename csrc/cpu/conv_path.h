@@ -13,9 +13,10 @@ namespace resops {
 enum class ConvDirection { forward, backward_data, backward_weight };
 
 enum class ConvAlgorithm {
-  library,         // as torch chooses it
-  onednn,          // where torch would take something else
-  matrix_product,  // a 1x1 convolution as the product of two matrices
+  library,             // as torch chooses it
+  onednn,              // where torch would take something else
+  matrix_product,      // a 1x1 convolution as the product of two matrices
+  transposed_product,  // the gradient of its weight as x^T * grad_y, transposed afterwards
   winograd,
 };
 
@@ -37,12 +38,13 @@ ConvPath conv_path(const ConvCall& call);
 // std::invalid_argument for anything else. For all threads.
 void set_conv_precision(const std::string& name);
 
-// "auto", or for tests and benchmarks "winograd", wherever it is possible, or "library".
+// "auto"; or for tests and benchmarks "winograd", wherever it is possible, "library", or one of the
+// three for 1x1 convolutions.
 // std::invalid_argument for anything else. For all threads.
 void set_conv_algorithm(const std::string& name);
 std::string conv_algorithm();
 
-// "library", "onednn", "matrix_product" or "winograd", and why, for a call with these sizes;
+// The name of the algorithm and why it is taken, for a call with these sizes;
 // `direction` is "forward", "backward_data" or "backward_weight", `dtype` a name without "torch.".
 std::pair<std::string, std::string> describe_conv_path(
     const std::string& direction, const std::string& dtype, const std::vector<int64_t>& input_size,

@@ -1,6 +1,6 @@
 // Cuts a convolution into blocks of tiles and hands them to the kernels. How it is cut depends on
 // its size alone, and sums are merged in the order of the blocks: the bits are the same for any
-// number of threads. No thread's workspace is larger than 64 MB, whatever the size; docs/math/
+// number of threads. A thread's workspace is at most 64 MB up to 7000 output channels; docs/math/
 // conv_bn_act.md says what the numbers below weigh against each other.
 
 #include "winograd_convolution.h"
@@ -13,6 +13,7 @@
 #include "../common/tensor_checks.h"
 #include "conv_bn_act_kernels.h"
 #include "driver.h"
+#include "scratch.h"
 
 namespace resops {
 namespace {
@@ -190,32 +191,30 @@ void convolve_blocks(const WinogradGeometry& g, const WinogradOutput& output, in
   const int64_t operand_size = k.operand_size(g.tile, g.in_channels, block);
   if (blocks >= at::get_num_threads()) {
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      const Tensor inputs = float_buffer(operand_size);
-      const Tensor space = float_buffer(k.workspace_size(g, block, g.out_channels));
+      const Scratch inputs(operand_size);
+      const Scratch space(k.workspace_size(g, block, g.out_channels));
       for (int64_t i = begin; i < end; ++i) {
-        const WinogradOperands operands = operands_of(i, inputs.mutable_data_ptr<float>());
+        const WinogradOperands operands = operands_of(i, inputs.data());
         k.transform_inputs(g, operands, 0, operands.tiles);
-        sums.counts[i] =
-            k.convolve(g, output, operands, {0, g.out_channels}, space.mutable_data_ptr<float>(),
-                       sums.first_at(i), sums.second_at(i));
+        sums.counts[i] = k.convolve(g, output, operands, {0, g.out_channels}, space.data(),
+                                    sums.first_at(i), sums.second_at(i));
       }
     });
     return;
   }
   // Fewer blocks than threads: each block by all of them, first its tiles, then its channels.
-  const Tensor inputs = float_buffer(operand_size);
+  const Scratch inputs(operand_size);
   for (int64_t i = 0; i < blocks; ++i) {
-    const WinogradOperands operands = operands_of(i, inputs.mutable_data_ptr<float>());
+    const WinogradOperands operands = operands_of(i, inputs.data());
     at::parallel_for(0, operands.tiles, 4, [&](int64_t begin, int64_t end) {
       k.transform_inputs(g, operands, begin, end);
     });
     at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
       const ChannelRange range{begin * k.panel, std::min(end * k.panel, g.out_channels)};
-      const Tensor space = float_buffer(k.workspace_size(g, block, range.end - range.begin));
+      const Scratch space(k.workspace_size(g, block, range.end - range.begin));
       double* first = sums.first_at(i) + (sums.first.empty() ? 0 : range.begin);
       double* second = sums.second_at(i) + (sums.first.empty() ? 0 : range.begin);
-      const int64_t count =
-          k.convolve(g, output, operands, range, space.mutable_data_ptr<float>(), first, second);
+      const int64_t count = k.convolve(g, output, operands, range, space.data(), first, second);
       if (begin == 0) sums.counts[i] = count;
     });
   }
@@ -342,11 +341,10 @@ void winograd_backward_weight(const Tensor& grad_y, at::TensorList inputs,
                             ? column_ranges
                             : std::clamp<int64_t>(kProductBytes / range_bytes, 1, column_ranges);
 
-  const Tensor inputs_at_points = float_buffer(k.operand_size(g.tile, g.in_channels, block));
-  const Tensor gradients_at_points = float_buffer(k.operand_size(g.tile, g.out_channels, block));
-  const Tensor products = float_buffer(blocks == 1 ? 0 : group * row_ranges * unit_size);
-  WinogradOperands operands{inputs_at_points.mutable_data_ptr<float>(),
-                            gradients_at_points.mutable_data_ptr<float>(), 0, 0, block};
+  const Scratch inputs_at_points(k.operand_size(g.tile, g.in_channels, block));
+  const Scratch gradients_at_points(k.operand_size(g.tile, g.out_channels, block));
+  const Scratch products(blocks == 1 ? 0 : group * row_ranges * unit_size);
+  WinogradOperands operands{inputs_at_points.data(), gradients_at_points.data(), 0, 0, block};
   for (int64_t first = 0; first < column_ranges; first += group) {
     const int64_t units = std::min(group, column_ranges - first) * row_ranges;
     for (int64_t i = 0; i < blocks; ++i) {
@@ -357,12 +355,11 @@ void winograd_backward_weight(const Tensor& grad_y, at::TensorList inputs,
         k.transform_gradients(g, grad_view, operands, begin, end);
       });
       at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-        const Tensor own = float_buffer(blocks == 1 ? unit_size : 0);
+        const Scratch own(blocks == 1 ? unit_size : 0);
         for (int64_t unit = begin; unit < end; ++unit) {
           const int64_t c = (first + unit / row_ranges) * columns;
           const int64_t row = unit % row_ranges * rows;
-          float* product = blocks == 1 ? own.mutable_data_ptr<float>()
-                                       : products.mutable_data_ptr<float>() + unit * unit_size;
+          float* product = blocks == 1 ? own.data() : products.data() + unit * unit_size;
           k.gradient(g, operands, {c, std::min(c + columns, g.in_channels)},
                      {row, std::min(row + rows, g.out_channels)}, i > 0, i + 1 == blocks, product,
                      out);

@@ -262,8 +262,9 @@ def convolution_path(
         direction: "forward", "backward_data" or "backward_weight".
 
     Returns:
-        "winograd", "matrix_product", "onednn" (oneDNN's where PyTorch would take something else) or
-        "library" (PyTorch's own convolution), and the reason.
+        "winograd", "matrix_product", "transposed_product" (a product whose result is transposed),
+        "onednn" (oneDNN's where PyTorch would take something else) or "library" (PyTorch's own
+        convolution), and the reason.
     """
     native = native_geometry(x, weight, bias, stride, padding, dilation, groups)
     if isinstance(native, str):

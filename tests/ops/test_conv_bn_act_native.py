@@ -48,16 +48,20 @@ SHAPES = [
 
 
 @pytest.fixture
-def winograd() -> Iterator[None]:
-    """Winograd's algorithm for every call that it can compute, also the smallest."""
+def choose() -> Iterator[Callable[[str], None]]:
+    """Chooses the algorithm of every call that has it, also of the smallest."""
     from resops import _C
 
     before = _C.conv_algorithm()
-    _C.set_conv_algorithm("winograd")
     try:
-        yield
+        yield _C.set_conv_algorithm
     finally:
         _C.set_conv_algorithm(before)
+
+
+@pytest.fixture
+def winograd(choose: Callable[[str], None]) -> None:
+    choose("winograd")
 
 
 class Call:
@@ -353,10 +357,14 @@ def test_nan_and_infinity_reach_every_output_that_reads_them(winograd: None) -> 
         assert not y[0, :, 3:6, 3:6].isfinite().all(0).any()
 
 
+@pytest.mark.parametrize("algorithm", ["onednn", "matrix_product", "transposed_product"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("h", "w"), [(5, 9), (17, 15)])
-def test_pointwise_phases(h: int, w: int, stride: int) -> None:
-    """1x1 convolutions, as a product of matrices and by oneDNN: direct, so nearer the truth."""
+def test_pointwise_phases(
+    h: int, w: int, stride: int, algorithm: str, choose: Callable[[str], None]
+) -> None:
+    """1x1 convolutions by every algorithm that a phase has: direct, so nearer the truth."""
+    choose(algorithm)
     call = Call((2, 12, 20, h, w, (0, 0)), torch.float32, kernel=1, stride=stride)
     direct = 8 * UNIT_ROUNDOFF[torch.float32]
     ops = torch.ops.resops
@@ -420,17 +428,40 @@ def peak_memory(f: Callable[[], Any]) -> int:
 
 def test_workspace_is_bounded(one_thread: None) -> None:
     """64 MB, however many channels there are: here the products at all points are 151 MB."""
+    from resops import _C
+
     call = Call((1, 1024, 1024, 24, 24, (1, 1)), torch.float32)
     none, ops = (None, None, "identity", 0.0), torch.ops.resops
     y, *_ = call.plain_forward(ops)
-    forward = peak_memory(lambda: call.plain_forward(ops))
-    assert 0 < forward - y.nbytes < 64 << 20
+    _C.scratch_peak()
+    forward = peak_memory(lambda: call.plain_forward(ops)) - y.nbytes
+    assert 0 < forward + _C.scratch_peak() < 64 << 20
     weight = peak_memory(
         lambda: ops.conv_bn_act_backward_weight(
             y, [call.x], *none, list(call.weight.shape), *call.geometry
         )
     )
-    assert 0 < weight - call.weight.nbytes < 64 << 20
+    scratch = _C.scratch_peak()
+    assert scratch > 0 and weight - call.weight.nbytes + scratch < 64 << 20
+    assert _C.scratch_peak() == 0
+
+
+def test_a_workspace_beyond_the_bound_of_many_channels(one_thread: None) -> None:
+    """The least that is multiplied at a time, a panel of columns, is more than the bound: 83 MB."""
+    channels = 18_000
+    x, grad = (torch.randn(4, c, 5, 5).to(memory_format=CL) for c in (16, channels))
+    none, geometry = (None, None, "identity", 0.0), ([1, 1], [1, 1], [1, 1])
+    found = torch.ops.resops.conv_bn_act_backward_weight(
+        grad, [x], *none, [channels, 16, 3, 3], *geometry
+    )
+    some = torch.tensor([0, 139, 140, channels - 1])
+    exact = torch.nn.grad.conv2d_weight(
+        x.double(), (len(some), 16, 3, 3), grad[:, some].double(), padding=1
+    )
+    terms = torch.nn.grad.conv2d_weight(
+        x.double().abs(), (len(some), 16, 3, 3), grad[:, some].double().abs(), padding=1
+    )
+    assert_near("grad_weight", found[some], exact, terms, LIMIT)
 
 
 # ---- the choice of the algorithm ----------------------------------------------------------------
@@ -443,12 +474,13 @@ def path(
 
     arguments = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]} | changed
     batch, channels, size = (arguments.pop(n, d) for n, d in (("n", 8), ("c", 64), ("size", 28)))
+    in_channels = arguments.pop("c_in", channels)
     return _C.conv_path(
         direction,
         dtype,
+        [batch, in_channels, size, size],
         [batch, channels, size, size],
-        [batch, channels, size, size],
-        [channels, channels, kernel, kernel],
+        [channels, in_channels, kernel, kernel],
         **arguments,
     )
 
@@ -467,6 +499,22 @@ def path(
         ({"c": 3}, "library", "there are fewer than 16 channels"),
         ({"dtype": "float64"}, "library", "float64 is there for derivative checks"),
         ({"kernel": 1, "padding": [0, 0]}, "onednn", "1x1, more than 196 positions"),
+        ({"kernel": 1, "padding": [0, 0], "size": 14}, "matrix_product", "1x1"),
+        (
+            {"kernel": 1, "padding": [0, 0], "size": 14, "c_in": 256},
+            "onednn",
+            "1x1, 196 positions, four times fewer output channels",
+        ),
+        (
+            {"kernel": 1, "padding": [0, 0], "direction": "backward_data", "size": 56},
+            "onednn",
+            "1x1, at least 3136 positions",
+        ),
+        (
+            {"kernel": 1, "padding": [0, 0], "direction": "backward_weight", "c_in": 32},
+            "transposed_product",
+            "1x1, more output than input channels",
+        ),
         (
             {"kernel": 1, "padding": [0, 0], "direction": "backward_data"},
             "matrix_product",
