@@ -53,8 +53,8 @@ DenseBlockWalk make_walk(const DenseBlockShape& shape, int vec, bool reduction) 
   w.lanes = static_cast<int>(ceil_div(vectors, ceil_div(vectors, kWarpSize)));
   w.lane_rows = kThreads / w.lanes;
   const int64_t steps = ceil_div(w.rows, w.lane_rows);
-  w.row_parts = static_cast<int>(
-      parts_for(ceil_div(vectors, w.lanes), steps, resident_blocks(vec), reduction));
+  w.row_parts =
+      static_cast<int>(parts_for(ceil_div(vectors, w.lanes), steps, kResidentBlocks, reduction));
   return w;
 }
 

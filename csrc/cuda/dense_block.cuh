@@ -82,7 +82,7 @@ struct ConsumerNorm {
 // ---- forward -----------------------------------------------------------------------------------
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<kVec>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     dense_block_apply_kernel(DenseBlockWalk w, BatchNormAffine affine, bool aligned,
                              const T* __restrict__ x, int64_t x_stride, T* __restrict__ y) {
   const RowCursor<kVec> cursor(w);
@@ -113,7 +113,7 @@ struct AccumulateRaw {
 // S is what grad_sum is stored as. partial: [2][row_parts][channels], the sums of g and of
 // g * (x - mean).
 template <class T, class S, int kVec, bool kFirst>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<kVec>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     dense_block_accumulate_kernel(DenseBlockWalk w, BatchNormAffine affine, bool aligned,
                                   bool training, const T* __restrict__ grad_y,
                                   const T* __restrict__ x, int64_t x_stride,
@@ -167,7 +167,7 @@ struct GradientRaw {
 
 // grad_y and grad_sum may be null; x is where mean is.
 template <class T, class S, int kVec>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<kVec>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     dense_block_gradient_kernel(DenseBlockWalk w, bool aligned, const T* __restrict__ grad_y,
                                 int64_t grad_stride, const T* __restrict__ x, int64_t x_stride,
                                 const S* __restrict__ grad_sum, int64_t sum_stride,
