@@ -15,13 +15,14 @@ from pathlib import Path
 from types import FrameType
 
 from bench import environment
-from bench.models.stock_resnet import CONFIGURATIONS
+from bench.models import stock_densenet, stock_resnet
 
 RESULTS = environment.ROOT / "bench" / "results"
 KINDS = {
     "main": "checks, ResNet-18 and -50, every BatchNorm of ResNet-50, digits (the default)",
     "ops": "every BatchNorm shape and residual_add; --full: all shapes beyond the caches too",
     "models": "training step and inference of ResNets; --full: all five, more batch sizes",
+    "densenet": "training step and inference of DenseNet-121; bytes moved and saved",
     "fuse": "resops.fuse on models of torchvision, timm and MONAI; host time of a call",
     "compare": "the checks alone: twins on real images, layers, training on digits",
     "roofline": "the memory bandwidth of this machine",
@@ -52,14 +53,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--full", action="store_true", help="the whole sweep of ops or models")
     parser.add_argument(
-        "--models", default="", help="models: comma-separated names, such as resnet50"
+        "--models", default="", help="models, densenet: comma-separated names, such as resnet50"
     )
     parser.add_argument(
         "--compile",
         nargs="?",
         const="default",
         choices=("default", "max-autotune"),
-        help="models: time torch.compile as well, in this mode",
+        help="models, densenet: time torch.compile as well, in this mode",
     )
     parser.add_argument(
         "--noise", action="store_true", help="random images in place of photographs"
@@ -79,10 +80,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown := set(options.dtypes) - {"fp32", "bf16", "fp16"}:
         parser.error(f"--dtypes takes fp32, bf16 and fp16, but got {', '.join(sorted(unknown))}")
     options.models = tuple(filter(None, options.models.split(",")))
-    if unknown := set(options.models) - set(CONFIGURATIONS):
-        parser.error(
-            f"--models takes {', '.join(CONFIGURATIONS)}, but got {', '.join(sorted(unknown))}"
-        )
+    stock = stock_densenet if options.kind == "densenet" else stock_resnet
+    if unknown := set(options.models) - set(stock.CONFIGURATIONS):
+        names = ", ".join(stock.CONFIGURATIONS)
+        parser.error(f"--models takes {names}, but got {', '.join(sorted(unknown))}")
     if options.batch is not None and options.batch < 2:
         parser.error(f"--batch must be at least 2, but got {options.batch}")
     return options

@@ -250,16 +250,16 @@ JOBS: dict[str, tuple[Stage, ...]] = {
             )
             for batch in (32, 256)
         ),
-        Stage(
-            "densenet121",
-            "training step and inference of DenseNet-121 at batch 128, bf16 and fp16",
-            500,
-            lambda gpu: [
-                python(
-                    *("-m", "bench.models.densenet", "--device", "cuda", "--backend", "native"),
-                    *("--batch", "128", "--dtypes", "bf16,fp16", "--seconds", "60"),
-                )
-            ],
+        *(
+            Stage(
+                f"densenet121 {backend}",
+                "training step and inference of DenseNet-121 at batch 128, bf16 and fp16, the "
+                f"kernels of its blocks {backend}; bytes moved and saved",
+                500,
+                bench("densenet", "--batch", "128", "--dtypes", "bf16,fp16"),
+                {"RESOPS_BACKEND": backend},
+            )
+            for backend in ("native", "triton")
         ),
     ),
     "compile": (
@@ -271,6 +271,17 @@ JOBS: dict[str, tuple[Stage, ...]] = {
                 "models",
                 *("--models", "resnet50", "--compile", "max-autotune"),
                 *("--batch", "256", "--dtypes", "bf16"),
+            ),
+            _NATIVE,
+        ),
+        Stage(
+            "densenet121",
+            "DenseNet-121 against torch.compile's max-autotune at batch 128, bf16",
+            500,
+            bench(
+                "densenet",
+                *("--compile", "max-autotune"),
+                *("--batch", "128", "--dtypes", "bf16"),
             ),
             _NATIVE,
         ),

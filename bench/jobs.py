@@ -15,7 +15,7 @@ from torch import Tensor
 
 import resops
 from bench import digits, environment, figure, images, report, table
-from bench.models import compare, resnet
+from bench.models import compare, densenet, resnet
 from bench.models.stock_resnet import CONFIGURATIONS
 from bench.ops import batch_norm, residual_add
 from bench.roofline import KINDS, Roofline
@@ -181,6 +181,15 @@ def _fuse(plan: Plan) -> list[Part]:
     ]
 
 
+def _densenet(plan: Plan) -> Part:
+    names = plan.models or ("densenet121",)
+
+    def run(session: Session) -> None:
+        densenet.run(session, names, plan.model_batch, plan.load_images, plan.compile)
+
+    return len(names) * len(plan.dtypes), run
+
+
 def _digits(plan: Plan) -> Part:
     seeds, epochs = (1, 4) if plan.quick else (3, 8)
     return seeds, lambda session: digits.run(session, epochs, seeds)
@@ -197,6 +206,8 @@ def parts_of(kind: str, plan: Plan) -> list[Part]:
         return _models(plan, names, batches)
     if kind == "fuse":
         return _fuse(plan)
+    if kind == "densenet":
+        return [_densenet(plan)]
     if kind == "compare":
         return [_models(plan, MAIN_MODELS, ())[0], _digits(plan)]
     if kind == "roofline":

@@ -10,6 +10,8 @@ from bench.report import Row
 
 Table = list[list[str]]
 
+_CHECKPOINTS = "eager, memory_efficient"  # of DenseNets
+
 
 def align(table: Table) -> str:
     """Columns of equal width: the first to the left, the others to the right; row 0 is the head."""
@@ -128,6 +130,29 @@ def memory_table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def traffic_table(rows: Sequence[Row]) -> Table:
+    table = [["moved in a training step, MB an image", "eager", "memory_efficient", "resops"]]
+    for row in rows:
+        if row["metric"] == "traffic":
+            moved = [row["providers"].get(name) for name in ("eager", _CHECKPOINTS, "resops")]
+            cells = ["" if n is None else f"{n / 1e6:.0f}" for n in moved]
+            table.append([f"{row['case']} {row['dtype']}, batch {row['batch']}", *cells])
+    return table
+
+
+def others_table(rows: Sequence[Row]) -> Table:
+    """Providers beside eager and resops."""
+    table = [["model, another provider", "threads", "ms", "this / resops"]]
+    for row in _timing_rows(rows, "densenet"):
+        for name, found in row["ratios"].items():
+            if name == "eager":
+                continue
+            case = f"{row['case']} {row['direction']} {row['dtype']}, batch {row['batch']}: {name}"
+            time = milliseconds(row["providers"][name]["median"])
+            table.append([case, str(row["threads"]), time, ratio(found)])
+    return table
+
+
 def digits_table(rows: Sequence[Row]) -> Table:
     table = [["digits", "eager", "resops"]]
     for row in rows:
@@ -177,11 +202,14 @@ def sections(results: dict[str, Any]) -> list[Table]:
         checks_table(rows),
         models_table(rows),
         models_table(rows, "fuse"),
+        models_table(rows, "densenet"),
+        others_table(rows),
         overhead_table(rows),
         ops_table(rows),
         ops_table(rows, "residual_add"),
         limits_table(rows),
         memory_table(rows),
+        traffic_table(rows),
         bandwidth_table(rows),
         digits_table(rows),
     ]

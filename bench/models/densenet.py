@@ -1,18 +1,17 @@
-"""DenseNets: bytes saved, training step and inference against the stock model.
+"""DenseNets: bytes moved and saved, training step and inference against the stock model.
 
-``python -m bench.models.densenet --models densenet121 --dtypes fp32,bf16``
-
-What a step and inference are, and the dtypes, is said in bench/models/resnet.py. The stock model is
-timed without and with its checkpoints (``memory_efficient``). Before a time is reported the logits
+A part of ``python -m bench densenet``. What a step and inference are, and the dtypes, is said in
+bench/models/resnet.py. The stock model is timed without and with its checkpoints
+(``memory_efficient``), and compiled where that is asked for. Before a time is reported the logits
 in evaluation are compared with those of the stock model in float64.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +20,16 @@ import resops
 from bench import timing, traffic
 from bench.models.compare import CLASSES, K, inference_copy
 from bench.models.resnet import inference, saved_activations, training_step
-from bench.models.stock_densenet import CONFIGURATIONS, DenseNet
-from bench.session import DTYPES, EAGER, RESOPS, channels_last
+from bench.models.stock_densenet import DenseNet
+from bench.session import DTYPES, EAGER, RESOPS, Session, channels_last
 
 CHECKPOINTS = "eager, memory_efficient"
+COMPILED = "torch.compile"
 # Logits that a rounding of every layer may move by: the networks are some 120 layers deep.
 FLOORS = {"fp32": 2e-6, "bf16": 2e-2, "fp16": 2e-3}
+CHECKED = 2  # images
+
+Calls = dict[str, Callable[[], object]]
 
 
 def create(name: str, device: torch.device) -> dict[str, nn.Module]:
@@ -52,83 +55,92 @@ def create(name: str, device: torch.device) -> dict[str, nn.Module]:
 
 
 @torch.inference_mode()
-def check(models: dict[str, nn.Module], images: Tensor, dtype: str) -> None:
-    """Raise where the logits of ours are further from the truth than allowed."""
+def check(
+    session: Session, name: str, models: dict[str, nn.Module], images: Tensor, dtype: str
+) -> bool:
+    """Whether the logits of ours are no further from the truth than allowed."""
     truth = copy.deepcopy(models[EAGER]).double().eval()(images.double())
 
-    def error(name: str) -> float:
-        y = inference_copy(models[name], dtype)(images.to(DTYPES[dtype])).double()
+    def error(provider: str) -> float:
+        y = inference_copy(models[provider], dtype)(images.to(DTYPES[dtype])).double()
         return float((y - truth).norm() / truth.norm())
 
     ours, stock = error(RESOPS), error(EAGER)
-    if not ours <= K * stock + FLOORS[dtype]:
-        raise AssertionError(f"{dtype}: logits are {ours:.2g} from the truth, stock's {stock:.2g}")
+    limit = K * stock + FLOORS[dtype]
+    detail = f"distance from float64: resops {ours:.3g}, eager {stock:.3g}, limit {limit:.3g}"
+    return session.check(f"{name} {dtype} logits", ours <= limit, ours / limit, detail, name)
 
 
-def _megabytes(counted: Mapping[str, int], images: Tensor) -> float:
-    return round(sum(counted.values()) / images.size(0) / 1e6, 1)
-
-
-def measure(
-    name: str, dtype: str, images: Tensor, seconds: float, parts: tuple[str, ...], threads: int
-) -> dict[str, object]:
-    """Saved bytes, milliseconds and ratios of one network at one dtype."""
-    labels = torch.arange(images.size(0), device=images.device) % CLASSES
-    models = create(name, images.device)
-    check(models, images[:2], dtype)
-    row: dict[str, object] = {"model": name, "dtype": dtype, "batch": images.size(0)}
-    row |= {"threads": threads, "device": images.device.type, "torch": torch.__version__}
-    if "saved" in parts:
-        row["saved bytes"] = {
-            k: saved_activations(m, images, labels, dtype) for k, m in models.items()
+def add_traffic(session: Session, name: str, steps: Calls, images: int, dtype: str) -> None:
+    """Bytes that the operators of a training step read and write, for each image."""
+    counted = {provider: traffic.count(step) for provider, step in steps.items()}
+    kinds: dict[str, Callable[[str], bool]] = {
+        "all operators": lambda op: True,
+        "without convolutions": lambda op: "conv" not in op,
+    }
+    for kind, is_of in kinds.items():
+        moved = {
+            provider: sum(n for op, n in found.items() if is_of(op)) / images
+            for provider, found in counted.items()
         }
-    calls: dict[str, dict[str, Callable[[], object]]] = {}
-    if "traffic" in parts:
-        steps = {k: training_step(m, images, labels, dtype) for k, m in models.items()}
-        counted = {k: traffic.count(step) for k, step in steps.items()}
-        row["MB per image"] = {k: _megabytes(c, images) for k, c in counted.items()}
-        row["MB per image, without convolutions"] = {
-            k: _megabytes({op: n for op, n in c.items() if "conv" not in op}, images)
-            for k, c in counted.items()
-        }
-    if "training" in parts:
-        calls["training"] = {k: training_step(m, images, labels, dtype) for k, m in models.items()}
-    if "inference" in parts:
-        timed = {k: m for k, m in models.items() if k != CHECKPOINTS}
-        calls["inference"] = {k: inference(m, images, dtype) for k, m in timed.items()}
-    for direction, providers in calls.items():
-        with timing.threads(threads):
-            found = timing.alternate(
-                providers, budget_s=seconds, device=images.device, min_rounds=3, warmup=1
-            )
-        row[f"{direction} ms"] = {k: round(found.milliseconds(k).median, 1) for k in providers}
-        row[f"{direction} ratio"] = {
-            k: round(found.ratio(k, RESOPS).median, 3) for k in providers if k != RESOPS
-        }
-        row[f"{direction} rounds"] = found.milliseconds(RESOPS).rounds
-    return row
+        facts = {"suite": "densenet", "case": f"{name}, {kind}", "metric": "traffic"}
+        facts |= {"unit": "bytes per image", "dtype": dtype, "batch": images}
+        session.report.add({**facts, "providers": moved})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", default="densenet121", help=", ".join(CONFIGURATIONS))
-    parser.add_argument("--dtypes", default="fp32,bf16")
-    parser.add_argument("--parts", default="saved,traffic,training,inference")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=15.0, help="for each comparison")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    resops.set_backend(args.backend)
-    for name in args.models.split(","):
-        for dtype in args.dtypes.split(","):
-            parts = tuple(args.parts.split(","))
-            print(json.dumps(measure(name, dtype, images, args.seconds, parts, args.threads)))
+def time_calls(
+    session: Session, name: str, direction: str, calls: Calls, threads: int, **facts: Any
+) -> None:
+    """Times of all providers, and the ratio of each to ours."""
+    with timing.threads(threads):
+        found = timing.alternate(
+            calls,
+            budget_s=session.model_seconds,
+            device=session.device,
+            min_rounds=3,
+            warmup=1,
+        )
+    ratios = {k: found.ratio(k, RESOPS).as_dict() for k in calls if k != RESOPS}
+    facts |= {"direction": direction, "ratios": ratios}
+    session.add_timing("densenet", name, found, threads, **facts)
 
 
-if __name__ == "__main__":
-    main()
+def run(
+    session: Session,
+    names: Sequence[str],
+    batch: int,
+    load_images: Callable[[int], tuple[Tensor, Tensor]],
+    compiled: str | None = None,
+) -> None:
+    """Check each network at each dtype, count and time it; one step of the progress bar each.
+
+    Args:
+        compiled: time ``torch.compile`` of the stock model in this mode, too.
+    """
+    images, labels = load_images(batch)
+    images, labels = images.to(session.device), labels.to(session.device) % CLASSES
+    for name, dtype in product(names, session.dtypes):
+        with session.step(f"{name} {dtype}") as in_time:
+            if not in_time:
+                continue
+            models = create(name, session.device)
+            if not check(session, name, models, images[:CHECKED], dtype):
+                continue
+            facts = {"dtype": dtype, "batch": batch}
+            kept = {k: saved_activations(m, images, labels, dtype) for k, m in models.items()}
+            session.add_saved("densenet", name, kept[EAGER], kept[RESOPS], **facts)
+            case = f"{name}, eager memory_efficient"
+            session.add_saved("densenet", case, kept[CHECKPOINTS], kept[RESOPS], **facts)
+            training: Calls = {
+                k: training_step(m, images, labels, dtype) for k, m in models.items()
+            }
+            add_traffic(session, name, training, batch, dtype)
+            timed = {k: m for k, m in models.items() if k != CHECKPOINTS}
+            forward: Calls = {k: inference(m, images, dtype) for k, m in timed.items()}
+            if compiled:
+                stock = models[EAGER]
+                training[COMPILED] = training_step(stock, images, labels, dtype, compiled)
+                forward[COMPILED] = inference(stock, images, dtype, compiled)
+            for direction, calls in (("training", training), ("inference", forward)):
+                for threads in session.threads:
+                    time_calls(session, name, direction, calls, threads, **facts)

@@ -141,7 +141,7 @@ def _layer_paths(model: nn.Module, inputs: tuple[Any, ...]) -> list[Path]:
     # Modules with hooks would be called one by one: first without, to learn which are not.
     with torch.random.fork_rng(), observer.listen(lambda call, path, x: blocks.append(call)):
         model(*inputs)
-    inside = {module for call in blocks for pair in call.pairs for module in pair}
+    inside = {module for call in blocks for module in (*call.norms, *call.convolutions)}
     paths: list[Path] = []
     last: list[tuple[Tensor, Tensor, nn.Module]] = []  # convolution: output, input and itself
 
@@ -160,8 +160,7 @@ def _layer_paths(model: nn.Module, inputs: tuple[Any, ...]) -> list[Path]:
         paths.append(Path(names[layer], pattern, path, why))
 
     def hear_block(call: DenseBlockCall, path: str, x: Tensor) -> None:
-        norms = [names[norm] for norm, _ in call.pairs]
-        paths.append(_block_path(norms, call, path, x))
+        paths.append(_block_path([names[norm] for norm in call.norms], call, path, x))
 
     for module in names.keys() - inside:
         if isinstance(module, NormAct | NormThenAct):

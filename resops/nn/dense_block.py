@@ -21,7 +21,8 @@ Pair = tuple[nn.Module, nn.Module]
 class DenseBlockCall(NamedTuple):
     """What :func:`resops.explain` hears of a block that is called as one op."""
 
-    pairs: list[Pair]  # norms and convolutions of the layers, then of the transition
+    norms: list[nn.Module]  # of the layers, then of the transition
+    convolutions: list[nn.Module]
     transition: bool
     why: str | None  # it is computed layer by layer
 
@@ -64,7 +65,8 @@ def dense_block(
 
     if observer.listening():
         why = fallback_reason(x, dense, end)
-        call = DenseBlockCall(pairs, end is not None, why)
+        norms, convolutions = (list(modules) for modules in zip(*pairs, strict=True))
+        call = DenseBlockCall(norms, convolutions, end is not None, why)
         observer.tell(call, _dispatch.choose("batch_norm", x), x)
     return op(x, dense, end, drop_rate=drop_rate, narrow=narrow)
 
