@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from bench.report import Row
@@ -141,6 +141,21 @@ def digits_table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def learning_table(rows: Sequence[Row]) -> Table:
+    """Of every network and backend the last epoch: the mean over the seeds, least and greatest."""
+    table = [["learning", "training loss", "test loss", "test metric", ""]]
+    for row in rows:
+        if row["suite"] == "learning" and row["metric"] == "curves":
+            for backend, last in row["providers"].items():
+                cells = [
+                    f"{fmean(last[key]):.3f} [{min(last[key]):.3f}, {max(last[key]):.3f}]"
+                    for key in ("training", "loss", "metric")
+                ]
+                verdict = "agree" if row["agrees"] else "DIFFER"
+                table.append([f"{row['case']}, {backend}", *cells, f"{row['name']}; {verdict}"])
+    return table
+
+
 def checks_table(rows: Sequence[Row]) -> Table:
     """One line per group; every failed check has its own."""
     table = [["checked against float64", "passed", "largest error / allowed"]]
@@ -184,6 +199,7 @@ def sections(results: dict[str, Any]) -> list[Table]:
         memory_table(rows),
         bandwidth_table(rows),
         digits_table(rows),
+        learning_table(rows),
     ]
     return [table for table in tables if len(table) > 1]
 
