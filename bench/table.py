@@ -51,7 +51,8 @@ def _timing_rows(rows: Sequence[Row], suite: str) -> list[Row]:
 
 
 def models_table(rows: Sequence[Row], suite: str = "models") -> Table:
-    head = "resops.fuse(model)" if suite == "fuse" else "model"
+    heads = {"fuse": "resops.fuse(model)", "families": "one of each family"}
+    head = heads.get(suite, "model")
     table = [[head, "threads", "eager ms", "resops ms", "eager / resops"]]
     for row in _timing_rows(rows, suite):
         name = f"{row['case']} {row['direction']} {row['dtype']}, batch {row['batch']}"
@@ -192,6 +193,7 @@ def sections(results: dict[str, Any]) -> list[Table]:
         checks_table(rows),
         models_table(rows),
         models_table(rows, "fuse"),
+        models_table(rows, "families"),
         overhead_table(rows),
         ops_table(rows),
         ops_table(rows, "residual_add"),
@@ -224,7 +226,9 @@ def render(results: dict[str, Any]) -> str:
     parts = [where(results["environment"])]
     parts += [align(table) for table in sections(results)]
     lines = [
-        s for suite in ("models", "fuse", "batch_norm") for s in summary(results["rows"], suite)
+        s
+        for suite in ("models", "fuse", "families", "batch_norm")
+        for s in summary(results["rows"], suite)
     ]
     missing = [row["case"] for row in results["rows"] if row["metric"] == "skipped"]
     if missing:
