@@ -24,6 +24,7 @@ KINDS = {
     "models": "training step and inference of ResNets; --full: all five, more batch sizes",
     "densenet": "training step and inference of DenseNet-121; bytes moved and saved",
     "fuse": "resops.fuse on models of torchvision, timm and MONAI; host time of a call",
+    "families": "a network of each family: training, inference, saved bytes; --models: of some",
     "compare": "the checks alone: twins on real images, layers, training on digits",
     "roofline": "the memory bandwidth of this machine",
     "show": "print the newest results, or those of the file given",
@@ -53,7 +54,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--full", action="store_true", help="the whole sweep of ops or models")
     parser.add_argument(
-        "--models", default="", help="models, densenet: comma-separated names, such as resnet50"
+        "--models",
+        default="",
+        help="models, densenet, families: comma-separated names, such as resnet50",
     )
     parser.add_argument(
         "--compile",
@@ -81,7 +84,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--dtypes takes fp32, bf16 and fp16, but got {', '.join(sorted(unknown))}")
     options.models = tuple(filter(None, options.models.split(",")))
     stock = stock_densenet if options.kind == "densenet" else stock_resnet
-    if unknown := set(options.models) - set(stock.CONFIGURATIONS):
+    unknown = set(options.models) - set(stock.CONFIGURATIONS)
+    if unknown and options.kind != "families":
         names = ", ".join(stock.CONFIGURATIONS)
         parser.error(f"--models takes {names}, but got {', '.join(sorted(unknown))}")
     if options.batch is not None and options.batch < 2:

@@ -23,9 +23,7 @@ It runs on one thread: the layers are so small that more are slower, for both.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -35,6 +33,7 @@ from torch import Tensor, nn
 
 from bench.session import EAGER, RESOPS, Session, channels_last
 from bench.timing import threads
+from bench.training import Classification, Curve, Schedule, train
 from resops.nn import BatchNormAct2d
 
 WIDTHS = (16, 32, 64)
@@ -44,8 +43,7 @@ TRAINING_TOLERANCE = (0.05, 0.01)  # relative, absolute
 LOSS_TOLERANCE = 0.02
 ACCURACY_TOLERANCE = 0.01
 LEARNT = 0.95
-PEAK_RATE, WARM_UP_EPOCHS = 0.05, 2
-BATCH = 64
+BATCH, PEAK_RATE, WARM_UP_EPOCHS = 64, 0.05, 2
 
 
 class StockBlock(nn.Module):
@@ -107,60 +105,15 @@ class DigitsResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@dataclass
-class Curve:
-    """One run: the loss of every step; training loss, test loss and accuracy of every epoch."""
+def task(device: torch.device | None = None) -> Classification:
+    """The digits, pixels 0 to 1; every fourth is held back."""
+    from sklearn.datasets import load_digits
 
-    steps: list[float] = field(default_factory=list)
-    training: list[float] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-    accuracy: list[float] = field(default_factory=list)
-
-
-def load_digits(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images and labels, test images and labels; pixels 0 to 1, channels-last."""
-    from sklearn.datasets import load_digits as load
-
-    bunch = load()
-    images = torch.from_numpy(bunch.images).float().div_(16).unsqueeze(1)
-    images = images.contiguous(memory_format=torch.channels_last).to(device)
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).float().div_(16).unsqueeze(1).to(device)
     labels = torch.from_numpy(bunch.target).long().to(device)
     test = torch.arange(len(labels), device=device) % 4 == 3
-    return images[~test], labels[~test], images[test], labels[test]
-
-
-def train(
-    model: nn.Module, data: tuple[Tensor, Tensor, Tensor, Tensor], epochs: int, seed: int
-) -> Curve:
-    """SGD with momentum 0.9 and weight decay 1e-4; linear warm-up and cosine decay of the rate."""
-    images, labels, test_images, test_labels = data
-    curve, order = Curve(), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=PEAK_RATE, momentum=0.9, weight_decay=1e-4)
-    per_epoch = len(labels) // BATCH
-
-    def rate(step: int) -> float:
-        decay = 0.5 * (1 + math.cos(math.pi * step / (epochs * per_epoch)))
-        return min(1.0, (step + 1) / (WARM_UP_EPOCHS * per_epoch)) * decay
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    for _ in range(epochs):
-        model.train()
-        shuffled = torch.randperm(len(labels), generator=order).to(images.device)
-        for batch in shuffled[: per_epoch * BATCH].split(BATCH):
-            optimizer.zero_grad(set_to_none=True)
-            picked = images[batch].contiguous(memory_format=torch.channels_last)
-            loss = F.cross_entropy(model(picked), labels[batch])
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            curve.steps.append(loss.item())
-        curve.training.append(fmean(curve.steps[-per_epoch:]))
-        model.eval()
-        with torch.inference_mode():
-            logits = model(test_images)
-            curve.loss.append(F.cross_entropy(logits, test_labels).item())
-            curve.accuracy.append((logits.argmax(1) == test_labels).float().mean().item())
-    return curve
+    return Classification(images[~test], labels[~test], images[test], labels[test])
 
 
 def agreement(eager: list[Curve], ours: list[Curve]) -> dict[str, tuple[float, float]]:
@@ -181,7 +134,7 @@ def agreement(eager: list[Curve], ours: list[Curve]) -> dict[str, tuple[float, f
     ]
     losses, accuracies = (
         [fmean(getattr(curve, key)[-1] for curve in curves) for curves in (eager, ours)]
-        for key in ("loss", "accuracy")
+        for key in ("loss", "metric")
     )
     return {
         "loss of the first steps": (early, EARLY_TOLERANCE),
@@ -194,7 +147,8 @@ def agreement(eager: list[Curve], ours: list[Curve]) -> dict[str, tuple[float, f
 
 def run(session: Session, epochs: int = 8, seeds: int = 3) -> None:
     """Train every seed with both, one step of the progress bar each; check; record the curves."""
-    data = load_digits(session.device)
+    data = task(session.device)
+    schedule = Schedule(epochs, BATCH, PEAK_RATE, WARM_UP_EPOCHS)
     curves: dict[str, list[Curve]] = {EAGER: [], RESOPS: []}
     for seed in range(seeds):
         with session.step(f"training on digits, seed {seed}") as in_time:
@@ -206,7 +160,7 @@ def run(session: Session, epochs: int = 8, seeds: int = 3) -> None:
             for provider, model in models.items():
                 channels_last(model, session.device)
                 with threads(1):
-                    curves[provider].append(train(model, data, epochs, seed))
+                    curves[provider].append(train(model, data, schedule, seed))
     if not curves[EAGER]:
         return
     for name, (found, allowed) in agreement(curves[EAGER], curves[RESOPS]).items():
@@ -215,8 +169,8 @@ def run(session: Session, epochs: int = 8, seeds: int = 3) -> None:
     row: dict[str, Any] = {"suite": "digits", "case": "digits", "metric": "curves"}
     row["curves"] = {
         provider: {
-            key: [[round(v, 5) for v in getattr(curve, key)] for curve in runs]
-            for key in ("training", "loss", "accuracy")
+            name: [[round(v, 5) for v in getattr(curve, key)] for curve in runs]
+            for name, key in (("training", "training"), ("loss", "loss"), ("accuracy", "metric"))
         }
         for provider, runs in curves.items()
     }

@@ -52,6 +52,7 @@ class Plan:
     dtypes: tuple[str, ...]
     op_batch: int
     model_batch: int
+    family_batches: tuple[int, ...]
     quick: bool
     full: bool
     compile: str | None  # the mode of torch.compile
@@ -82,6 +83,7 @@ class Plan:
             dtypes=options.dtypes or (("fp32", "bf16", "fp16") if gpu else ("fp32", "bf16")),
             op_batch=options.batch or (2 if options.quick else 256 if gpu else 8),
             model_batch=options.batch or (2 if options.quick else 128 if gpu else 4),
+            family_batches=(options.batch,) if options.batch else (1, 16),
             quick=options.quick,
             full=options.full,
             compile=options.compile,
@@ -190,6 +192,21 @@ def _densenet(plan: Plan) -> Part:
     return len(names) * len(plan.dtypes), run
 
 
+def _families(plan: Plan) -> list[Part]:
+    """A part for each network: an interrupted job has whole ones."""
+    from bench.models import families  # needs torchvision and timm
+
+    names = plan.models or tuple(families.NETWORKS)
+    if unknown := set(names) - set(families.NETWORKS):
+        known = ", ".join(families.NETWORKS)
+        raise BadOptions(f"--models takes {known}, but got {', '.join(sorted(unknown))}")
+
+    def time_network(name: str) -> Callable[[Session], None]:
+        return lambda session: families.run(session, [name], plan.family_batches)
+
+    return [(1, time_network(name)) for name in names]
+
+
 def _digits(plan: Plan) -> Part:
     seeds, epochs = (1, 4) if plan.quick else (3, 8)
     return seeds, lambda session: digits.run(session, epochs, seeds)
@@ -208,6 +225,8 @@ def parts_of(kind: str, plan: Plan) -> list[Part]:
         return _fuse(plan)
     if kind == "densenet":
         return [_densenet(plan)]
+    if kind == "families":
+        return _families(plan)
     if kind == "compare":
         return [_models(plan, MAIN_MODELS, ())[0], _digits(plan)]
     if kind == "roofline":

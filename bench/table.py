@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from bench.report import Row
@@ -53,7 +53,8 @@ def _timing_rows(rows: Sequence[Row], suite: str) -> list[Row]:
 
 
 def models_table(rows: Sequence[Row], suite: str = "models") -> Table:
-    head = "resops.fuse(model)" if suite == "fuse" else "model"
+    heads = {"fuse": "resops.fuse(model)", "families": "one of each family"}
+    head = heads.get(suite, "model")
     table = [[head, "threads", "eager ms", "resops ms", "eager / resops"]]
     for row in _timing_rows(rows, suite):
         name = f"{row['case']} {row['direction']} {row['dtype']}, batch {row['batch']}"
@@ -166,6 +167,21 @@ def digits_table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def learning_table(rows: Sequence[Row]) -> Table:
+    """Of every network and backend the last epoch: the mean over the seeds, least and greatest."""
+    table = [["learning", "training loss", "test loss", "test metric", ""]]
+    for row in rows:
+        if row["suite"] == "learning" and row["metric"] == "curves":
+            for backend, last in row["providers"].items():
+                cells = [
+                    f"{fmean(last[key]):.3f} [{min(last[key]):.3f}, {max(last[key]):.3f}]"
+                    for key in ("training", "loss", "metric")
+                ]
+                verdict = "agree" if row["agrees"] else "DIFFER"
+                table.append([f"{row['case']}, {backend}", *cells, f"{row['name']}; {verdict}"])
+    return table
+
+
 def checks_table(rows: Sequence[Row]) -> Table:
     """One line per group; every failed check has its own."""
     table = [["checked against float64", "passed", "largest error / allowed"]]
@@ -204,6 +220,7 @@ def sections(results: dict[str, Any]) -> list[Table]:
         models_table(rows, "fuse"),
         models_table(rows, "densenet"),
         others_table(rows),
+        models_table(rows, "families"),
         overhead_table(rows),
         ops_table(rows),
         ops_table(rows, "residual_add"),
@@ -212,6 +229,7 @@ def sections(results: dict[str, Any]) -> list[Table]:
         traffic_table(rows),
         bandwidth_table(rows),
         digits_table(rows),
+        learning_table(rows),
     ]
     return [table for table in tables if len(table) > 1]
 
@@ -236,7 +254,9 @@ def render(results: dict[str, Any]) -> str:
     parts = [where(results["environment"])]
     parts += [align(table) for table in sections(results)]
     lines = [
-        s for suite in ("models", "fuse", "batch_norm") for s in summary(results["rows"], suite)
+        s
+        for suite in ("models", "fuse", "families", "batch_norm")
+        for s in summary(results["rows"], suite)
     ]
     missing = [row["case"] for row in results["rows"] if row["metric"] == "skipped"]
     if missing:

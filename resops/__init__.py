@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from . import functional, fusion, models, nn
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import functional, fusion, nn
 from ._dispatch import BackendError, backend, get_backend, set_backend
 from ._precision import get_conv_precision, set_conv_precision
 from ._version import __version__
@@ -16,6 +19,9 @@ from .fusion import (
     unfuse,
 )
 from .nn.checkpoint import checkpoint_context_fn
+
+if TYPE_CHECKING:
+    from . import models
 
 __all__ = [
     "BackendError",
@@ -39,6 +45,17 @@ __all__ = [
     "show_env",
     "unfuse",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``resops.models`` when it is first asked for: who brings a model does not wait for ours."""
+    if name == "models":
+        return importlib.import_module(".models", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def show_env() -> None:

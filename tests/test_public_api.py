@@ -314,6 +314,35 @@ def test_show_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["cpu_capability"] in facts["cpu_capabilities"]
 
 
+LAZY = """
+import sys, torch, resops
+loaded = [name for name in sys.modules if name.startswith("resops.models")]
+assert not loaded and "models" in dir(resops), loaded
+x = torch.rand(1, 2, 8, 8)
+
+@torch.compile(fullgraph=True, backend="eager")
+def peaks(x):
+    return resops.models.heatmap_peaks(x, stride=4)
+
+assert all(torch.equal(a, b) for a, b in zip(peaks(x), resops.models.heatmap_peaks(x, stride=4)))
+from resops import models
+from resops.models import resnet20
+assert models is resops.models is sys.modules["resops.models"] and models.resnet20 is resnet20
+try:
+    resops.model
+except AttributeError as error:
+    assert str(error) == "module 'resops' has no attribute 'model'"
+else:
+    raise AssertionError("there is no resops.model")
+"""
+
+
+def test_models_are_imported_when_they_are_asked_for() -> None:
+    """They take longer than the rest of the package; also where a compiled function asks first."""
+    done = python(LAZY)
+    assert done.returncode == 0, done.stderr
+
+
 WITHOUT_NATIVE = """
 import sys
 {block}

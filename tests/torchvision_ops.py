@@ -41,3 +41,10 @@ def timm() -> ModuleType:
     """The package timm, which imports torchvision."""
     torchvision()
     return importlib.import_module("timm")
+
+
+def published_parameters(name: str) -> int:
+    """How many parameters torchvision publishes for a model, beside its weights
+    (docs.pytorch.org/vision/stable/models.html is made from it)."""
+    count: int = torchvision().models.get_model_weights(name).DEFAULT.meta["num_params"]
+    return count

@@ -18,6 +18,7 @@ from .batch_norm import (
     is_plain,
     makes_norm_act,
 )
+from .batch_norm_variants import BatchRenormAct2d, GhostBatchNormAct2d
 from .sync_batch_norm import SyncBatchNormAct
 
 _PAIRS: dict[type[nn.Module], type[BatchNormAct]] = {
@@ -35,11 +36,11 @@ def conv_norm_act(
 ) -> Tensor:
     """``norm(conv(x), residual)``, as one convolution where that gives the same.
 
-    That is in evaluation, without gradients, for nn.Conv1d to nn.Conv3d and the norm that goes with
-    it, themselves and not subclasses, without hooks, on a CPU or a GPU. What was folded is kept on
-    ``norm`` until one of the tensors or settings that went into it changes. (A change is seen in
-    versions, addresses and values. One is not seen: a write through ``.data`` to a few values of
-    ``conv.weight``. ``norm.eval()`` makes it seen.)
+    That is in evaluation, without gradients, for nn.Conv1d to nn.Conv3d and the batch norm that
+    goes with it, themselves and not subclasses, without hooks, on a CPU or a GPU. What was folded
+    is kept on ``norm`` until one of the tensors or settings that went into it changes. (A change is
+    seen in versions, addresses and values. One is not seen: a write through ``.data`` to a few
+    values of ``conv.weight``. ``norm.eval()`` makes it seen.)
 
     Args:
         conv: its output goes to ``norm`` and nowhere else.
@@ -51,7 +52,7 @@ def conv_norm_act(
     Returns:
         (N, C, *spatial of the output).
     """
-    if not norm.training and may_fuse(conv, norm):
+    if not norm.training and may_fold(conv, norm):
         x = _joined(x)
         assert isinstance(norm, BatchNormAct)
         activation, negative_slope, rest = norm.epilogue()
@@ -82,8 +83,18 @@ def convolve(conv: nn.Module, x: Tensor | Sequence[Tensor]) -> Tensor:
 def may_fuse(conv: nn.Module, norm: nn.Module) -> bool:
     """Whether the two are exactly a convolution and the norm that goes with it, without hooks."""
     pair = _PAIRS.get(type(conv))
-    fits = pair is not None and type(norm) in (pair, SyncBatchNormAct)
-    return fits and is_plain(conv) and is_plain(norm) and conv.padding_mode == "zeros"
+    return pair is not None and type(norm) in (pair, SyncBatchNormAct) and _are_plain(conv, norm)
+
+
+def may_fold(conv: nn.Module, norm: nn.Module) -> bool:
+    """The same for evaluation, in which ghost batches and renormalisation are batch norm too."""
+    if type(conv) is nn.Conv2d and type(norm) in (GhostBatchNormAct2d, BatchRenormAct2d):
+        return _are_plain(conv, norm)
+    return may_fuse(conv, norm)
+
+
+def _are_plain(conv: nn.Module, norm: nn.Module) -> bool:
+    return is_plain(conv) and is_plain(norm) and conv.padding_mode == "zeros"
 
 
 def folded_conv(

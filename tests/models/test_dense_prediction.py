@@ -89,7 +89,7 @@ def test_bfloat16(name: str) -> None:
 @pytest.mark.parametrize(
     ("make", "count"),
     [
-        # Zhou et al., 2018, Table 3: 9.04 M, beside a U-Net of 7.76 M with the same widths
+        # "Total params" in the authors' own code of both, github.com/MrGiovanni/UNetPlusPlus
         (lambda: UNetPlusPlus(1, 1, norm_layer=None), 9_041_601),
         (lambda: UNet(1, 1, (32, 64, 128, 256, 512), norm_layer=None), 7_759_521),
         # Çiçek et al., 2016, section 2: "19069955 parameters in total", which are those of the

@@ -24,7 +24,7 @@ from resops.models import ResNet, create_model, list_models
 from resops.models.resnet import BasicBlock
 from tests.dispatch import counted_calls
 from tests.models.twins import distance, wild
-from tests.torchvision_ops import torchvision
+from tests.torchvision_ops import published_parameters, torchvision
 
 # One thread: on images this small a second one mostly waits.
 pytestmark = [pytest.mark.models, pytest.mark.usefixtures("one_thread")]
@@ -303,28 +303,16 @@ def test_image_channels_and_classes() -> None:
 
 
 WIDE = ["resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"]
-# As torchvision's documentation has them (docs.pytorch.org/vision/stable/models.html).
-PARAMETERS = {
-    "resnet18": 11_689_512,
-    "resnet34": 21_797_672,
-    "resnet50": 25_557_032,
-    "resnet101": 44_549_160,
-    "resnet152": 60_192_808,
-    "resnext50_32x4d": 25_028_904,
-    "resnext101_32x8d": 88_791_336,
-    "wide_resnet50_2": 68_883_240,
-    "wide_resnet101_2": 126_886_696,
-}
 # Multiplications with an addition of an image of 224x224, in 1e9: He et al., 2015, Table 1.
 FLOPS = {"resnet18": 1.8, "resnet34": 3.6, "resnet50": 3.8, "resnet101": 7.6, "resnet152": 11.3}
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", [*FLOPS, *WIDE])
 def test_parameters_are_as_many_as_published(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name)
         theirs = getattr(torchvision().models, name)()
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    assert sum(p.numel() for p in model.parameters()) == published_parameters(name)
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, theirs)]
     assert shapes[0] == shapes[1]
 

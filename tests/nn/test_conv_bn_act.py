@@ -25,8 +25,10 @@ from resops.nn import (
     BatchNormAct1d,
     BatchNormAct2d,
     BatchNormAct3d,
+    BatchRenormAct2d,
     Conv2dNormActivation,
     Conv3dNormActivation,
+    GhostBatchNormAct2d,
 )
 from resops.nn import conv_bn_act as implementation
 from resops.nn.conv_bn_act import conv_norm_act
@@ -731,3 +733,16 @@ def test_three_dimensions() -> None:
     with torch.no_grad():
         y = layer.eval()(x)
         torch.testing.assert_close(y, layer[1](layer[0](x)), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [GhostBatchNormAct2d, BatchRenormAct2d])
+def test_norms_that_are_batch_norm_in_evaluation(norm: Any) -> None:
+    """They are folded too, and only then: in training they are themselves."""
+    layer, x = block(norm_layer=norm), image()
+    assert_stock(layer, x, layer(x))
+    assert folds(layer, x)
+    layer.train()
+    assert not folds(layer, x)
+    layer.eval()
+    assert_stock(layer, x, layer(x))
