@@ -15,7 +15,7 @@ from ..nn.norm_layers import NormThenAct
 from . import observer
 from .fusing import fuse_report, fused_blocks, join
 from .report import FuseReport
-from .steps import Step
+from .steps import AnyStep
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class _Listener:
 
     def __init__(self, model: nn.Module) -> None:
         self.paths: list[Path] = []
-        self.running: list[tuple[str, list[Step]]] = []
+        self.running: list[tuple[str, list[AnyStep]]] = []
         for name, block in fused_blocks(model):
             block.register_forward_pre_hook(self._begin(name))
             block.register_forward_hook(self._end(name))
@@ -75,16 +75,15 @@ class _Listener:
         def hook(block: Any, args: tuple[Any, ...], output: Any) -> None:
             _, steps = self.running.pop()
             if not steps:
-                why = block._resops_plan.change(block)
-                why = why or "called with other arguments than the fused forward takes"
+                why = block._resops_plan.why_not(block, *args)
                 self.paths.append(Path(name, "", "original forward", why))
 
         return hook
 
-    def hear(self, step: Step, path: str, x: Tensor) -> None:
+    def hear(self, step: AnyStep, path: str, x: Tensor) -> None:
         name, steps = self.running[-1]
         steps.append(step)
-        self.paths.append(Path(join(name, *step.norm), step.pattern, path, _why(path, x)))
+        self.paths.append(Path(join(name, *step.place), step.pattern, path, _why(path, x)))
 
 
 def _why(path: str, x: Tensor) -> str:

@@ -16,11 +16,19 @@ import torch
 from torch import Tensor, nn
 
 import resops
-from resops.fusion import layers
+from resops.fusion import layers, measured
 from tests.fusion.blocks import filled
 from tests.torchvision_ops import timm, torchvision
 
 pytestmark = [pytest.mark.models, pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture(autouse=True)
+def _small_images_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is slower fused on images as small as these is fused all the same."""
+    for name in ("DENSE_BLOCK", "DENSE_LAYER"):
+        monkeypatch.setattr(measured, name, measured.LeastPixels(0, 0))
+
 
 # Name, and how many of its norms are fused at least.
 QUICK = {
