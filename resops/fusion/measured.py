@@ -24,7 +24,7 @@ class LeastPixels(NamedTuple):
 
 
 DENSE_BLOCK = LeastPixels(1000, 1500)
-DENSE_LAYER = LeastPixels(1500, 6000)
+DENSE_LAYER = LeastPixels(1500, 9000)
 
 
 def slower(least: LeastPixels, x: Tensor) -> str:
