@@ -15,6 +15,10 @@ def traced_to_aten() -> bool:
     differentiation."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
+    return _transformed()
+
+
+def _transformed() -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
@@ -31,7 +35,7 @@ def is_plain_call(tensors: tuple[Any, ...]) -> bool:
     for t in tensors:
         if t is not None and type(t) not in PLAIN_TENSORS:
             return False
-    return not (torch.compiler.is_compiling() or has_torch_function(tensors) or traced_to_aten())
+    return not (torch.compiler.is_compiling() or has_torch_function(tensors) or _transformed())
 
 
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:

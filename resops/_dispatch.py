@@ -127,6 +127,11 @@ def unavailable_reason(backend: str, op: str | None = None) -> str | None:
     return None
 
 
+def _device_type(x: torch.Tensor) -> str:
+    """``x.device.type``, which takes half a microsecond to find: a tenth of it on a CPU."""
+    return "cpu" if x.is_cpu else x.device.type
+
+
 def refusal(backend: str, op: str, x: torch.Tensor) -> str | None:
     """Why ``backend`` cannot compute ``op`` on an input like ``x``; None if it can."""
     if backend == "reference":
@@ -135,7 +140,7 @@ def refusal(backend: str, op: str, x: torch.Tensor) -> str | None:
     native = backend == "native"
     if devices is None or (_native.error if native else _triton.error) is not None:
         return unavailable_reason(backend, op)
-    device = x.device.type
+    device = _device_type(x)
     if device not in devices:
         reason = f"the {backend} {op} has no kernel for {device} tensors"
         if (backend, device) == ("native", "cuda"):
@@ -165,7 +170,7 @@ def choose(op: str, x: torch.Tensor) -> str:
     """
     wanted = _state.backend
     if wanted == "auto":
-        measured = x.device.type in _MEASURED_ON
+        measured = _device_type(x) in _MEASURED_ON
         return "native" if measured and refusal("native", op, x) is None else "reference"
     reason = refusal(wanted, op, x)
     if reason is not None:

@@ -22,7 +22,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import layers
 from .layers import Path
-from .steps import Match, Step
+from .steps import AnyStep, Match
+from .tracing import required_arguments
 
 CHANGED = "_resops_changed"  # attribute of a fused block that was changed since
 _KEPT = "_resops_kept"  # its folded convolutions
@@ -44,16 +45,23 @@ class Plan:
     def __init__(
         self,
         original: type[nn.Module],
-        steps: tuple[Step, ...],
+        steps: tuple[AnyStep, ...],
         block: nn.Module,
         inlined: tuple[Path, ...],
         accepts: Callable[..., bool] | None,
+        refusal: Callable[..., str] | None,
     ) -> None:
+        """
+        Args:
+            accepts: see :func:`resops.register_pattern`.
+            refusal: why a call of the block, with the arguments that follow, had better go to the
+                original forward; empty if it need not.
+        """
         self.original, self.steps = original, steps
-        self.accepts = accepts
+        self.accepts, self.refusal = accepts, refusal
         # Children that are not called any more: that they do what they did is for us to see.
         paths = dict.fromkeys(path for step in steps for path in step.children())
-        if any(step.norm == () for step in steps):
+        if any(() in step.norms for step in steps):
             paths = {path: None for path in paths if path}
         self.identities = tuple(path for step in steps for path in step.identities)
         lists = {path[:i] for path in paths for i in range(len(path))}
@@ -70,6 +78,7 @@ class Plan:
             self.children,
             self.names,
             self.accepts,
+            self.refusal,
         )
 
     def takes(self, block: nn.Module, *args: Any) -> bool:
@@ -81,7 +90,16 @@ class Plan:
             for arg in args:
                 if not isinstance(arg, Tensor):
                     return False
+        if self.refusal is not None and self.refusal(block, *args):
+            return False
         return self.is_current(block)
+
+    def why_not(self, block: nn.Module, *args: Any) -> str:
+        """Why a call went to the original forward."""
+        accepts = self.accepts or (lambda *args: all(isinstance(arg, Tensor) for arg in args))
+        if len(args) != len(required_arguments(self.original.forward)) or not accepts(*args):
+            return "called with other arguments than the fused forward takes"
+        return self.change(block) or ("" if self.refusal is None else self.refusal(block, *args))
 
     def is_current(self, block: nn.Module) -> bool:
         """Whether the block is as it was when it was fused."""
@@ -187,7 +205,7 @@ class FusedBlock:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         plan = self._resops_plan
-        norms = tuple(step.norm for step in plan.steps)
+        norms = tuple(norm for step in plan.steps for norm in step.norms)
         return _new, (plan.original,), (_state(self), norms), None, None, restore
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -236,7 +254,7 @@ def _equal_settings(a: object, b: object) -> bool:
 
 
 def kept(block: nn.Module, index: int) -> Any:
-    """What keeps the folded convolution of step ``index``."""
+    """What keeps the folded convolution of step ``index``, or of this layer of a dense block."""
     slots = block.__dict__.get(_KEPT)
     if slots is None:
         slots = block.__dict__[_KEPT] = {}
@@ -296,10 +314,12 @@ def _wrapper_source(forward: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
     )
 
 
-def _step_method(step: Step, index: int) -> Callable[..., Tensor]:
+def _step_method(step: AnyStep, index: int) -> Callable[..., Tensor]:
+    folds = step.folds != ()
+
     def run(self: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
         keeper = None
-        if step.conv is not None and not torch.compiler.is_compiling():
+        if folds and not torch.compiler.is_compiling():
             keeper = kept(self, index)
         return step.run(self, keeper, x, residual)
 
@@ -332,6 +352,7 @@ def fused_class(blueprint: Any) -> type[nn.Module]:
         block,
         blueprint.inlined,
         blueprint.accepts,
+        blueprint.refusal,
     )
     _fused_graph(blueprint.graph, matches)
     code = blueprint.graph.python_code("self")

@@ -10,9 +10,11 @@ from torch import fx, nn
 
 from ..nn.batch_norm import is_plain
 from . import layers, patterns
+from .dense_blocks import dense_block_step
+from .dense_blocks import refusal as dense_block_refusal
 from .layers import Path
 from .report import Reason
-from .steps import Match, Matcher, Step
+from .steps import AnyStep, Match, Matcher, Step
 from .tracing import Untraceable, trace
 
 
@@ -25,12 +27,14 @@ class Blueprint:
     matches: list[Match] = field(default_factory=list)
     inlined: tuple[Path, ...] = ()
     accepts: Callable[..., bool] | None = None
+    refusal: Callable[..., str] | None = None  # see Plan
     # Why a norm of the block is in no match, and what exactly was found.
     refusals: dict[nn.Module, tuple[Reason, str]] = field(default_factory=dict)
 
     def norms(self) -> list[nn.Module]:
         """The norms of the steps."""
-        return [layers.child(self.block, match.step.norm) for match in self.matches]
+        paths = (path for match in self.matches for path in match.step.norms)
+        return [layers.child(self.block, path) for path in paths]
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -63,6 +67,7 @@ def _crosses(
 ) -> bool:
     """Whether the step takes in more than the child that holds its norm could give it."""
     step = match.step
+    assert isinstance(step, Step)
     if layers.child(block, step.norm) not in deeper:
         return False
     if match.residual is not None or step.activation != "identity":
@@ -111,7 +116,7 @@ def _matched(
     refusals = dict(matcher.refusals)
     for norm in allowed - called:
         refusals[norm] = Reason.NOT_CALLED, ""
-    return Blueprint(block, graph, matches, tuple(inlined.values()), None, refusals)
+    return Blueprint(block, graph, matches, tuple(inlined.values()), refusals=refusals)
 
 
 def blueprint(block: nn.Module, allowed: frozenset[nn.Module]) -> Blueprint:
@@ -122,6 +127,11 @@ def blueprint(block: nn.Module, allowed: frozenset[nn.Module]) -> Blueprint:
     """
     if block in allowed:
         return _norm_with_activation(block)
+    dense = dense_block_step(block)
+    if dense is not None and all(layers.child(block, path) in allowed for path in dense.norms):
+        found = _of_one_step(block, dense)
+        found.refusal = dense_block_refusal
+        return found
     pattern = patterns.pattern_for(type(block))
     forward = type(block).forward if pattern is None else pattern.forward
     accepts = None if pattern is None else pattern.accepts
@@ -144,7 +154,17 @@ def blueprint(block: nn.Module, allowed: frozenset[nn.Module]) -> Blueprint:
         why = (error.reason, str(error))
         return Blueprint(block, refusals=dict.fromkeys(own, why))
     found.accepts = accepts
+    found.refusal = None if pattern is None else pattern.refusal
     return found
+
+
+def _of_one_step(block: nn.Module, step: AnyStep) -> Blueprint:
+    """A block that the step stands for as a whole."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    call = graph.call_module("block", (x,))
+    graph.output(call)
+    return Blueprint(block, graph, [Match(step, [call], x, None)])
 
 
 def _norm_with_activation(norm: nn.Module) -> Blueprint:
@@ -157,9 +177,5 @@ def _norm_with_activation(norm: nn.Module) -> Blueprint:
     if not layers.is_activation(act) or not label:
         why = layers.activation_refusal(act) if not layers.is_activation(act) else None
         return Blueprint(norm, refusals={norm: why or (Reason.NOTHING_BESIDE, "")})
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    call = graph.call_module("norm", (x,))
-    graph.output(call)
     step = Step((), None, ("act",), identities=(("drop",),), pattern=f"{kind.label}+{label}")
-    return Blueprint(norm, graph, [Match(step, [call], x, None)])
+    return _of_one_step(norm, step)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from .. import _dispatch
 from ..nn import observer
-from ..nn.batch_norm import NormAct
+from ..nn.batch_norm import NormAct, activation_of_call
 from ..nn.dense_block import DenseBlockCall
 from ..nn.norm_layers import NormThenAct
 from ..ops import conv_bn_act
 from . import layers
 from .fusing import fuse_report, fused_blocks, join
 from .report import FuseReport
-from .steps import FOLDED, Step
+from .steps import FOLDED, AnyStep, Step
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class _Listener:
 
     def __init__(self, model: nn.Module) -> None:
         self.paths: list[Path] = []
-        self.running: list[tuple[str, nn.Module, list[Step]]] = []
+        self.running: list[tuple[str, nn.Module, list[AnyStep]]] = []
         for name, block in fused_blocks(model):
             block.register_forward_pre_hook(self._begin(name))
             block.register_forward_hook(self._end(name))
@@ -78,20 +78,21 @@ class _Listener:
         def hook(block: Any, args: tuple[Any, ...], output: Any) -> None:
             _, _, steps = self.running.pop()
             if not steps:
-                why = block._resops_plan.change(block)
-                why = why or "called with other arguments than the fused forward takes"
+                why = block._resops_plan.why_not(block, *args)
                 self.paths.append(Path(name, "", "original forward", why))
 
         return hook
 
-    def hear(self, step: Any, path: str, x: Tensor) -> None:
-        if not isinstance(step, Step):
+    def hear(self, step: AnyStep | DenseBlockCall, path: str, x: Tensor) -> None:
+        if isinstance(step, DenseBlockCall):  # of resops.nn
             return
         name, block, steps = self.running[-1]
         steps.append(step)
-        reasons = (_why(path, x), _convolution(block, step, path, x))
+        reasons = [_why(path, x)]
+        if isinstance(step, Step):
+            reasons.append(_convolution(block, step, path, x))
         why = "; ".join(filter(None, reasons))
-        self.paths.append(Path(join(name, *step.norm), step.pattern, path, why))
+        self.paths.append(Path(join(name, *step.place), step.pattern, path, why))
 
 
 def _why(path: str, x: Tensor) -> str:
@@ -111,13 +112,15 @@ def _convolution(block: nn.Module, step: Step, path: str, x: Tensor) -> str:
         return ""
     fused: tuple[str, Any] | None = (step.activation, step.negative_slope)
     if step.act is not None:
-        fused = layers.step_activation(layers.child(block, step.act))
+        fused = activation_of_call(layers.child(block, step.act))
     conv = layers.child(block, step.conv)
     activation = "identity" if fused is None else fused[0]
     return _convolution_path(conv, x, activation, folded=path == FOLDED)
 
 
 def _convolution_path(conv: nn.Module, x: Tensor, activation: str, folded: bool) -> str:
+    if activation == "prelu":  # which runs after it
+        activation = "identity"
     taken = conv_bn_act.path(
         x, conv.weight, groups=conv.groups, activation=activation, training=not folded
     )

@@ -41,8 +41,8 @@ def fold(model: Module) -> Module:
     deployed = unfuse(copy.deepcopy(model))
     for blueprint in Analysis(deployed).blueprints:
         for match in blueprint.matches:
-            if match.step.conv is not None:
-                _fold(blueprint.block, match.step.conv, match.step.norm)
+            for conv, norm in match.step.folds:
+                _fold(blueprint.block, conv, norm)
     return deployed
 
 

@@ -225,9 +225,10 @@ def fused_blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def fused_norms(model: nn.Module) -> set[nn.Module]:
     """The norms that are computed by fused ops."""
     return {
-        layers.child(block, step.norm)
+        layers.child(block, path)
         for _, block in fused_blocks(model)
         for step in block._resops_plan.steps
+        for path in step.norms
     }
 
 
@@ -252,10 +253,10 @@ def fuse_report(model: nn.Module) -> FuseReport:
     covered = set()
     for name, block in fused_blocks(model):
         for step in block._resops_plan.steps:
-            norm = layers.child(block, step.norm)
-            covered.add(norm)
-            key = (name, step.pattern, layers.backend_of(norm))
-            entries.setdefault(key, []).append(names[norm])
+            norms = [layers.child(block, path) for path in step.norms]
+            covered.update(norms)
+            key = (name, step.pattern, layers.backend_of(norms[0]))
+            entries.setdefault(key, []).extend(names[norm] for norm in norms)
     fused = [
         FusedEntry(name, tuple(modules), pattern, backend)
         for (name, pattern, backend), modules in entries.items()

@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from .. import _dispatch
-from .._autograd import is_plain_call
 from ..nn.batch_norm import NormAct, fused_activation, is_plain, normalize
 from ..nn.instance_norm import group_normalize, instance_normalize
 from ..nn.sync_batch_norm import SyncBatchNormAct, synchronised
@@ -28,7 +27,6 @@ class NormKind(NamedTuple):
     run: Callable[[nn.Module, Tensor, Tensor | None, str, float | Tensor], Tensor]
     convs: tuple[type[nn.Module], ...]  # the convolutions into which it folds
     has_activation: bool = False  # children ``drop`` and ``act``, as timm's has
-    learns_slope: bool = True  # takes the activation prelu
 
 
 def _run_batch_norm(
@@ -54,7 +52,7 @@ _KINDS: dict[type, NormKind] = {
     nn.InstanceNorm1d: _INSTANCE_NORM,
     nn.InstanceNorm2d: _INSTANCE_NORM,
     nn.InstanceNorm3d: _INSTANCE_NORM,
-    nn.GroupNorm: NormKind("GN", group_normalize, (), learns_slope=False),  # type: ignore[arg-type]
+    nn.GroupNorm: NormKind("GN", group_normalize, ()),  # type: ignore[arg-type]
     nn.SyncBatchNorm: NormKind("SyncBN", _run_sync_batch_norm, _CONVS),
     SyncBatchNormAct: NormKind("SyncBN", _run_sync_batch_norm, _CONVS, has_activation=True),
 }
@@ -162,23 +160,6 @@ def returns_its_input(module: nn.Module) -> bool:
 def is_identity(module: nn.Module) -> bool:
     """Whether calling ``module`` returns its input and does nothing else."""
     return returns_its_input(module) and is_plain(module)
-
-
-def step_activation(act: nn.Module) -> tuple[str, float | Tensor] | None:
-    """The activation of the op, and its slope, that stands for ``act``; None if there is none.
-
-    PReLU with one slope is leaky_relu where its slope is not learned in this call, and known to the
-    host.
-    """
-    if type(act) is not nn.PReLU:
-        return fused_activation(act)
-    slope = act.weight
-    if slope.numel() != 1:
-        return None
-    learned = torch.is_grad_enabled() and slope.requires_grad
-    if learned or slope.device.type != "cpu" or not is_plain_call((slope,)):
-        return "prelu", slope
-    return "leaky_relu", float(slope)
 
 
 def is_activation(module: nn.Module) -> bool:

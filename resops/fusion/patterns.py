@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import measured
+
 
 class Pattern(NamedTuple):
     """See :func:`register_pattern`."""
 
     forward: Callable[..., Any]
     accepts: Callable[..., bool] | None
+    refusal: Callable[..., str] | None = None  # why a call had better not be fused
 
 
 _patterns: dict[type[nn.Module], Pattern] = {}
@@ -62,7 +65,8 @@ def pattern_for(block_type: type[nn.Module]) -> Pattern | None:
 # ---- torchvision and timm -----------------------------------------------------------------------
 
 # Both write their dense layer (Huang et al., "Densely Connected Convolutional Networks", 2017,
-# section 3, DenseNet-B) for a tensor or a list of them; dense blocks give a list.
+# section 3, DenseNet-B) for a tensor or a list of them; dense blocks give a list. Where the op of a
+# whole block is not taken (dense_blocks.py), its layers are fused by these.
 
 
 def _torchvision_dense_layer(block: Any, input: Any) -> Any:
@@ -78,17 +82,22 @@ def _timm_dense_layer(block: Any, x: Any) -> Any:
     return block.conv2(block.norm2(block.conv1(block.norm1(torch.cat(x, 1)))))
 
 
+def _is_slower_fused(block: Any, features: Any) -> str:
+    return measured.slower(measured.DENSE_LAYER, features[0])
+
+
 def _is_list_of_tensors(*args: Any) -> bool:
     return (
         len(args) == 1
         and isinstance(args[0], list | tuple)
+        and len(args[0]) > 0
         and all(isinstance(t, Tensor) for t in args[0])
     )
 
 
 _patterns_by_name["torchvision.models.densenet._DenseLayer"] = Pattern(
-    _torchvision_dense_layer, _is_list_of_tensors
+    _torchvision_dense_layer, _is_list_of_tensors, _is_slower_fused
 )
 _patterns_by_name["timm.models.densenet.DenseLayer"] = Pattern(
-    _timm_dense_layer, _is_list_of_tensors
+    _timm_dense_layer, _is_list_of_tensors, _is_slower_fused
 )

@@ -21,6 +21,7 @@ class Reason(enum.Enum):
     UNSUPPORTED_DTYPE = "unsupported dtype"
     UNSUPPORTED_DEVICE = "unsupported device"
     BACKEND_MISSING = "backend missing"
+    MEASURED_SLOWER = "measured slower"
     FILTERED = "filtered"
     UNTRACEABLE = "untraceable"
     MODES_DIFFER = "training and evaluation differ"
@@ -53,6 +54,8 @@ _HINTS = {
     Reason.UNSUPPORTED_DEVICE: "parameters must be on a CPU, a CUDA or the meta device",
     Reason.BACKEND_MISSING: "the chosen backend cannot compute this norm; "
     "resops.set_backend('auto') can",
+    Reason.MEASURED_SLOWER: "on images this small PyTorch's own layers were faster; "
+    "resops.set_backend('native') takes the fused ones",
     Reason.FILTERED: "module_filter_fn returned False",
     Reason.UNTRACEABLE: "the forward of its block cannot be followed; describe the block with "
     "resops.register_pattern",

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..nn import observer
+from ..nn.batch_norm import activation_of_call
 from ..nn.conv_bn_act import convolve, folded_conv
 from ..reference.activation import activate
 from . import layers
@@ -40,6 +41,21 @@ class Step:
     identities: tuple[Path, ...] = ()
     pattern: str = ""
 
+    @property
+    def norms(self) -> tuple[Path, ...]:
+        """Those that the step stands for."""
+        return (self.norm,)
+
+    @property
+    def place(self) -> Path:
+        """By whose name it is told."""
+        return self.norm
+
+    @property
+    def folds(self) -> tuple[tuple[Path, Path], ...]:
+        """Convolutions, and the norms that are folded into them in evaluation."""
+        return () if self.conv is None else ((self.conv, self.norm),)
+
     def children(self) -> list[Path]:
         """The children that are not called any more."""
         paths = [self.norm, *self.identities]
@@ -59,15 +75,13 @@ class Step:
         activation, slope, act = self.activation, self.negative_slope, None
         if self.act is not None:
             module = layers.child(block, self.act)
-            fused = layers.step_activation(module)
-            if fused is not None and fused[0] == "prelu" and not kind.learns_slope:
-                fused = None
+            fused = activation_of_call(module)
             activation, slope = ("identity", 0.0) if fused is None else fused
             act = module if fused is None else None  # since then its settings were changed
         if self.conv is not None:
             conv = layers.child(block, self.conv)
             if not norm.training and type(conv) in kind.convs:
-                y = self._folded(conv, norm, keeper, x, residual, activation, slope)
+                y = folded_conv(conv, norm, keeper, x, residual, activation, slope)
                 if y is not None:
                     observer.tell(self, FOLDED, x)
                     return y if act is None else act(y)
@@ -80,24 +94,6 @@ class Step:
             y = kind.run(norm, x, None, "identity", 0.0) + residual
             y = y if act is not None else activate(y, activation, slope)
         return y if act is None else act(y)
-
-    def _folded(
-        self,
-        conv: nn.Module,
-        norm: nn.Module,
-        keeper: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        activation: str,
-        slope: float | Tensor,
-    ) -> Tensor | None:
-        """The step as one convolution, or None; a slope on another device is applied after it."""
-        if not isinstance(slope, Tensor):
-            return folded_conv(conv, norm, keeper, x, residual, activation, slope)
-        if torch.is_grad_enabled():
-            return None
-        y = folded_conv(conv, norm, keeper, x, residual, "identity", 0.0)
-        return None if y is None else activate(y, activation, slope)
 
 
 _ADDITIONS = {
@@ -120,11 +116,28 @@ _ACTIVATION_FUNCTIONS: dict[tuple[str, Any], str] = {
 _LABELS = {"relu": "ReLU", "leaky_relu": "LeakyReLU", "silu": "SiLU", "gelu": "GELU"}
 
 
+class AnyStep(Protocol):
+    """What a block does in one op: a :class:`Step`, or a whole dense block."""
+
+    @property
+    def norms(self) -> tuple[Path, ...]: ...
+    @property
+    def place(self) -> Path: ...
+    @property
+    def pattern(self) -> str: ...
+    @property
+    def identities(self) -> tuple[Path, ...]: ...
+    @property
+    def folds(self) -> tuple[tuple[Path, Path], ...]: ...
+    def children(self) -> list[Path]: ...
+    def run(self, block: nn.Module, keeper: Any, x: Tensor, residual: Tensor | None) -> Tensor: ...
+
+
 @dataclass
 class Match:
     """A step and its place in the graph."""
 
-    step: Step
+    step: AnyStep
     nodes: list[fx.Node]  # what it replaces, in order; the last one is its place
     input: fx.Node
     residual: fx.Node | None

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional
+from .._autograd import is_plain_call
 from .checkpoint import recomputing
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -87,6 +88,22 @@ def fused_activation(act: nn.Module) -> tuple[str, float] | None:
     return None
 
 
+def activation_of_call(act: nn.Module) -> tuple[str, float | Tensor] | None:
+    """:func:`fused_activation`, and PReLU with one slope.
+
+    That is leaky_relu where its slope is not learned in this call, and known to the host.
+    """
+    if type(act) is not nn.PReLU:
+        return fused_activation(act)
+    slope = act.weight
+    if slope.numel() != 1:
+        return None
+    learned = torch.is_grad_enabled() and slope.requires_grad
+    if learned or slope.device.type != "cpu" or not is_plain_call((slope,)):
+        return "prelu", slope
+    return "leaky_relu", float(slope)
+
+
 def next_statistics(norm: _BatchNorm) -> tuple[Tensor | None, Tensor | None, bool, float]:
     """What the next call of ``norm`` takes, which is counted if it is in training: the running
     statistics, whether those of the batch are used, and the batch's weight in the running ones."""
@@ -143,7 +160,7 @@ class NormAct(nn.Module):
     """
 
     def _normalize(
-        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float | Tensor
     ) -> Tensor:
         """act( norm(x) [+ residual] ) with an activation of the op."""
         raise NotImplementedError
@@ -159,17 +176,18 @@ class NormAct(nn.Module):
         self.drop = nn.Identity() if drop_layer is None else drop_layer()
         self.act = create_activation(act_layer if apply_act else None, act_kwargs, inplace)
 
-    def epilogue(self) -> tuple[str, float, tuple[nn.Module, ...]]:
+    def epilogue(self) -> tuple[str, float | Tensor, tuple[nn.Module, ...]]:
         """What follows the norm: an activation of the op with its slope, and what runs after it.
 
-        The latter is nothing, or ``act`` where the op has no such activation or ``act`` has hooks,
-        or ``drop`` and ``act``, between which the residual is then added.
+        The slope is a tensor for "prelu". What runs after the op is nothing, or ``act`` where the
+        op has no such activation or ``act`` has hooks, or ``drop`` and ``act``, between which the
+        residual is then added.
         """
         drop, act = self._modules["drop"], self._modules["act"]
         assert drop is not None and act is not None
         if type(drop) is not nn.Identity or not is_plain(drop):
             return "identity", 0.0, (drop, act)
-        fused = fused_activation(act) if is_plain(act) else None
+        fused = activation_of_call(act) if is_plain(act) else None
         return ("identity", 0.0, (act,)) if fused is None else (*fused, ())
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -229,7 +247,7 @@ class BatchNormAct(NormAct, _BatchNorm):
         self._set_epilogue(apply_act, act_layer, act_kwargs, inplace, drop_layer)
 
     def _normalize(
-        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float | Tensor
     ) -> Tensor:
         return normalize(self, x, residual, activation, negative_slope, self._group())
 
@@ -286,8 +304,9 @@ class BatchNormAct2d(BatchNormAct, nn.BatchNorm2d):
         affine: learn weight and bias, (C,) each.
         track_running_stats: keep running statistics and normalise with them in evaluation.
         apply_act: False for no activation.
-        act_layer: class of the activation or its name. nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU()
-            and nn.Identity (or None) are part of the fused op; any other runs after it.
+        act_layer: class of the activation or its name. nn.ReLU, nn.LeakyReLU, nn.PReLU with one
+            slope (on a CPU), nn.SiLU, nn.GELU() and nn.Identity (or None) are part of the fused op;
+            any other runs after it.
         act_kwargs: arguments of the activation, such as ``{"negative_slope": 0.2}``.
         inplace: passed to an activation that runs after the op; the fused op never overwrites
             its input.

@@ -29,6 +29,7 @@ def norm_act_max_pool(norm: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
         return y
     assert isinstance(norm, BatchNormAct2d) and isinstance(pool, nn.MaxPool2d)
     activation, negative_slope, _ = norm.epilogue()
+    assert not isinstance(negative_slope, Tensor)
     norm._check_input_dim(x)
     running_mean, running_var, training, momentum = next_statistics(norm)
     return functional.batch_norm_act_max_pool(
@@ -55,7 +56,10 @@ def _is_channels_last(x: Tensor) -> bool:
 def _may_fuse(norm: nn.Module, pool: nn.Module) -> bool:
     if type(norm) is not BatchNormAct2d or type(pool) is not nn.MaxPool2d:
         return False
-    if not (is_plain(norm) and is_plain(pool)) or norm.epilogue()[2]:
+    if not (is_plain(norm) and is_plain(pool)):
+        return False
+    activation, _, rest = norm.epilogue()
+    if rest or activation == "prelu":
         return False
     sizes = pool.kernel_size if isinstance(pool.kernel_size, tuple) else (pool.kernel_size,) * 2
     few = sizes[0] * sizes[-1] <= MOST_POSITIONS

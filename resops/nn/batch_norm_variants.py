@@ -37,7 +37,7 @@ class GhostBatchNormAct2d(BatchNormAct2d):
         self.virtual_batch_size = virtual_batch_size
 
     def _normalize(
-        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float | Tensor
     ) -> Tensor:
         normalize = super()._normalize
         count = -(-x.size(0) // self.virtual_batch_size)
@@ -91,7 +91,7 @@ class BatchRenormAct2d(BatchNormAct2d):
         self.r_max, self.d_max = r_max, d_max
 
     def _normalize(
-        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float | Tensor
     ) -> Tensor:
         if not self.training or x.numel() == 0:
             return super()._normalize(x, residual, activation, negative_slope)

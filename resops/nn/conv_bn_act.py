@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import conv_bn_act as ops
+from ..reference.activation import activate
 from .batch_norm import (
     BatchNormAct,
     BatchNormAct1d,
@@ -104,17 +105,23 @@ def folded_conv(
     x: Tensor,
     residual: Tensor | None,
     activation: str,
-    negative_slope: float,
+    negative_slope: float | Tensor,
 ) -> Tensor | None:
     """act( norm( conv(x) ) [+ residual] ) as one convolution, or None where it may not be one.
 
     Args:
         conv, norm: a convolution and a batch norm of torch, or what behaves as these do, without
             hooks; ``norm`` in evaluation.
+        negative_slope: of prelu a tensor, which the host may not know: prelu runs after it.
         keeper: what was folded is kept as its attribute ``_folded``.
     """
     if torch.compiler.is_compiling() or conv.padding_mode != "zeros":
         return None
+    if isinstance(negative_slope, Tensor):
+        if torch.is_grad_enabled() and negative_slope.requires_grad:
+            return None
+        y = folded_conv(conv, norm, keeper, x, residual, "identity", 0.0)
+        return None if y is None else activate(y, activation, negative_slope)
     folded = _folded(conv, norm, keeper, x, residual)
     return None if folded is None else folded(x, residual, activation, negative_slope)
 

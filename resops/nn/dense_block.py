@@ -54,7 +54,7 @@ def dense_block(
         pairs.append((last[0], last[1]))
     if x.dim() != 4 or not all(_may_fuse(norm, conv) for norm, conv in pairs):
         return None
-    made = [_norm_conv(norm, conv) for norm, conv in pairs]
+    made = [norm_conv(norm, conv) for norm, conv in pairs]
     end = made.pop() if transition is not None else None
     dense = [DenseLayer(*made[i : i + 2]) for i in range(0, len(made), 2)]
 
@@ -82,16 +82,19 @@ def _may_fuse(norm: nn.Module, conv: nn.Module) -> bool:
     """Whether these are exactly a norm with a ReLU and a convolution that the op has."""
     if type(norm) is not BatchNormAct2d or not may_fuse(conv, norm):
         return False
-    if norm.epilogue() != ("relu", 0.0, ()):
-        return False
-    assert isinstance(conv, nn.Conv2d)
+    return norm.epilogue() == ("relu", 0.0, ()) and is_of_the_op(conv)
+
+
+def is_of_the_op(conv: Any) -> bool:
+    """Whether an nn.Conv2d has the settings that the op takes."""
     padding = tuple(size // 2 for size in conv.kernel_size)
     odd = all(size % 2 for size in conv.kernel_size)
     settings = (conv.stride, conv.padding, conv.dilation, conv.groups, conv.bias)
-    return odd and settings == ((1, 1), padding, (1, 1), 1, None)
+    zeros = conv.padding_mode == "zeros"
+    return zeros and odd and settings == ((1, 1), padding, (1, 1), 1, None)
 
 
-def _norm_conv(norm: Any, conv: Any) -> NormConv:
+def norm_conv(norm: Any, conv: Any) -> NormConv:
     """Tensors and settings of the two modules; a batch is counted."""
     running_mean, running_var, training, momentum = next_statistics(norm)
     affine = (norm.weight, norm.bias)

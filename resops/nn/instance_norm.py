@@ -90,7 +90,11 @@ def instance_normalize(
 
 
 def group_normalize(
-    norm: nn.GroupNorm, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+    norm: nn.GroupNorm,
+    x: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float | Tensor,
 ) -> Tensor:
     """act( norm(x) [+ residual] ) of torch's group norm.
 
@@ -155,7 +159,7 @@ class InstanceNormAct(NormAct, nn.modules.instancenorm._InstanceNorm):
         self._set_epilogue(apply_act, act_layer, act_kwargs, inplace, drop_layer)
 
     def _normalize(
-        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float | Tensor
     ) -> Tensor:
         return instance_normalize(self, x, residual, activation, negative_slope)
 
@@ -241,7 +245,7 @@ class GroupNormAct(NormAct, nn.GroupNorm):
         self._set_epilogue(apply_act, act_layer, act_kwargs, inplace, drop_layer)
 
     def _normalize(
-        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float | Tensor
     ) -> Tensor:
         return group_normalize(self, x, residual, activation, negative_slope)
 

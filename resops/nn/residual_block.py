@@ -54,7 +54,7 @@ def residual_block(
     acts = [epilogue[:2] for epilogue in epilogues]
     if shortcut is not None and acts.pop()[0] != "identity":
         return None
-    if acts.count(acts[0]) != len(acts):
+    if any(isinstance(slope, Tensor) for _, slope in acts) or acts.count(acts[0]) != len(acts):
         return None
     training = any(norm.training for _, norm in pairs)
     parameters = [p for pair in pairs for module in pair for p in module._parameters.values()]

@@ -282,7 +282,6 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    *,
     residual: Tensor | None = None,
     activation: str | None = "relu",
     negative_slope: float = 0.01,
@@ -293,27 +292,16 @@ def batch_norm(
         activation = "identity"
     if residual is not None:
         check_tensor("batch_norm_act", "residual", residual)
-    if residual is not None and residual.dtype != x.dtype:
-        # torch's own add promotes; under autocast a branch may come in another dtype.
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        x, residual = x.to(dtype), residual.to(dtype)
-    args = (
-        x,
-        residual,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        training,
-        momentum,
-        eps,
-        activation,
-        negative_slope,
-    )
+        if residual.dtype != x.dtype:
+            # torch's own add promotes; under autocast a branch may come in another dtype.
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
+    tensors = (x, residual, weight, bias, running_mean, running_var)
+    args = (*tensors, training, momentum, eps, activation, negative_slope)
     backend = _dispatch.choose("batch_norm", x)
     if (
         backend == "native"
-        and is_plain_call(args[:6])
+        and is_plain_call(tensors)
         # Anything else is converted, or refused by name, below.
         and type(training) is bool
         and type(momentum) is float

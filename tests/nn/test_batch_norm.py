@@ -7,6 +7,7 @@ numerics of the op itself are held to rule R in tests/ops.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -111,6 +112,23 @@ def test_equals_norm_addition_activation(
         assert_near(a, b)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert_near(getattr(ours, name), getattr(theirs, name))
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_prelu_is_part_of_the_op(learned: bool, native: None) -> None:
+    """With a residual the gradient of a learned slope needs the sum, which the op does not keep."""
+    layer, _, x = pair(act_layer=nn.PReLU)
+    layer.act.weight.requires_grad_(learned)
+    for residual in (None, torch.randn_like(x)):
+        with counted_calls() as calls:
+            y = layer(x, residual)
+        after = learned and residual is not None
+        assert any("prelu" in name for name in calls) == after
+        assert calls["batch_norm_forward"] == 1 and y.requires_grad
+    shared = BatchNormAct2d(3, act_layer=functools.partial(nn.PReLU, 3)).double()
+    with counted_calls() as calls:
+        shared(x)
+    assert any("prelu" in name for name in calls)  # a slope for every channel
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
