@@ -29,6 +29,7 @@ from .conv_bn_act_kernels import (
     conv_bn_act_backward_weight_merge_kernel,
     conv_bn_act_forward_kernel,
     conv_bn_act_forward_merge_kernel,
+    conv_bn_act_inside_kernel,
 )
 from .launch import (
     DTYPES,
@@ -148,6 +149,25 @@ def _depth_flags(widths: tuple[int, ...], tile: tiles.Tile) -> tuple[int, bool]:
     return blocks, all(width % tile.depth == 0 for width in widths)
 
 
+def _inside(conv: _Convolution, scale: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which taps read the image, as the kernels want it; None where all do, or nobody asks."""
+    if scale is None or conv.padding == (0, 0):
+        return None
+    sizes = [taps * size for taps, size in zip(conv.kernel, conv.out_size, strict=True)]
+    inside = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+    conv_bn_act_inside_kernel[(2, triton.cdiv(max(sizes), 1024))](
+        inside,
+        *conv.size,
+        *conv.out_size,
+        *conv.stride,
+        *conv.padding,
+        *conv.dilation,
+        *conv.kernel,
+        BLOCK=1024,
+    )
+    return inside
+
+
 # ---- forward ------------------------------------------------------------------------------------
 
 
@@ -205,7 +225,9 @@ def conv_bn_act_forward(
         conv_bn_act_forward_kernel[(row_tiles * triton.cdiv(conv.filters, tile.cols),)](
             *slices,
             channels_last(conv_weight),
-            *_contiguous(scale, shift, conv_bias),
+            *_contiguous(scale, shift),
+            _inside(conv, scale, x.device),
+            *_contiguous(conv_bias),
             None if residual is None else channels_last(residual),
             y,
             *partial,
@@ -473,6 +495,7 @@ def conv_bn_act_backward_weight(
             grad_step,
             *slices,
             *_contiguous(scale, shift),
+            _inside(conv, scale, x.device),
             partial,
             float(prologue_slope),
             pixels,

@@ -16,7 +16,9 @@ own, like a forward pass of stride 1, and no zeros are multiplied ("sub-pixel co
 Prologue: where the input is a raw output of convolutions, act(scale * x + shift) is computed as a
 tile of it is loaded, in fp32, rounded to the dtype of x and, where padding is read, set to zero
 after that. In the backward pass of the weight it is operand A, as in the forward pass: on sm_90
-that operand can come from registers.
+that operand can come from registers. It stays there if what tells padding is loaded, and goes
+through shared memory if it is computed beside the addresses; ptxas then makes every product wait
+for the one before. So a small kernel writes a table first: which taps are inside of the image.
 
 Epilogue: bias, residual and activation; or, of the values as they were stored, the mean of a tile's
 rows and their squared distances from it; or the derivative of the prologue and the two sums of its
@@ -74,6 +76,7 @@ _NOT_SPECIALISED = (
     "tap_down",
     "tap_across",
     "taps_down",
+    "taps_across",
     "taps",
     "first_tile",
 )
@@ -138,6 +141,48 @@ def _divided(pixel, height, width):
     return pixel // height, pixel % height, column
 
 
+@_kernel
+def conv_bn_act_inside_kernel(
+    inside_ptr,  # (taps_down, out_height), and behind it (taps_across, out_width)
+    height,  # of x
+    width,
+    out_height,
+    out_width,
+    stride_height,
+    stride_width,
+    padding_height,
+    padding_width,
+    dilation_height,
+    dilation_width,
+    taps_down,
+    taps_across,
+    BLOCK: tl.constexpr,
+):
+    """1 where a tap reads a row, or a column, of the image, and 0 where it reads padding."""
+    across = tl.program_id(0) == 1
+    size = tl.where(across, width, height)
+    out_size = tl.where(across, out_width, out_height)
+    taps = tl.where(across, taps_across, taps_down)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    read = place % out_size * tl.where(across, stride_width, stride_height)
+    read += place // out_size * tl.where(across, dilation_width, dilation_height)
+    read -= tl.where(across, padding_width, padding_height)
+    first = tl.where(across, taps_down * out_height, 0)
+    inside = tl.where((read >= 0) & (read < size), 1, 0)
+    tl.store(inside_ptr + first + place, inside, mask=place < taps * out_size)
+
+
+@triton.jit
+def _inside(
+    inside_ptr, tap, taps_down, out_y, out_x, out_height, out_width, TAPS_ACROSS: tl.constexpr
+):
+    """Whether a tap of these pixels of y reads the image, from the table of the kernel above."""
+    down = tl.load(inside_ptr + tap // TAPS_ACROSS * out_height + out_y)
+    first = taps_down * out_height
+    across = tl.load(inside_ptr + first + tap % TAPS_ACROSS * out_width + out_x)
+    return (down & across) != 0
+
+
 @triton.jit
 def _taps_times_weight(
     a_ptrs,  # (image, height, width, channels), one per slice of the channels
@@ -150,13 +195,18 @@ def _taps_times_weight(
     scale_ptr,  # None without a prologue
     shift_ptr,
     slope,
+    inside_ptr,  # the table; None where no padding is read, or none after a prologue
     pixel,  # (ROWS,): where POINTWISE, the pixel that a row reads, which is its only one
     image,  # (ROWS,) each: else the image, and the coordinates of what the first tap reads
     top,
     left,
+    out_y,  # (ROWS,) each: coordinates in y, for the table
+    out_x,
     exists,  # (ROWS,): whether there is such a row
     height,
     width,
+    out_height,
+    out_width,
     tap_height,  # pixels from one tap to the next
     tap_width,
     first_tap,  # of the kernel, and from one to the next down and across: not all are read
@@ -198,8 +248,11 @@ def _taps_times_weight(
             scale = tl.load(scale_ptr + first_channel + channel, mask=known, other=0.0)
             shift = tl.load(shift_ptr + first_channel + channel, mask=known, other=0.0)
             a = _normalised(a, scale[None, :], shift[None, :], slope, PROLOGUE)
-            if not POINTWISE:  # zero padding is zero after the prologue
-                a = tl.where(inside[:, None], a, 0.0)
+            if inside_ptr is not None:  # zero padding is zero after the prologue
+                read = _inside(
+                    inside_ptr, tap, taps_down, out_y, out_x, out_height, out_width, TAPS_ACROSS
+                )
+                a = tl.where(read[:, None], a, 0.0)
         kernel_tap = first_tap + tap // TAPS_ACROSS * tap_down + tap % TAPS_ACROSS * tap_across
         b_rows = (first_channel + channel) * b_row + kernel_tap * b_tap
         b_offsets = b_rows[:, None] + column[None, :] * b_column
@@ -226,6 +279,7 @@ def conv_bn_act_forward_kernel(
     weight_ptr,
     scale_ptr,
     shift_ptr,
+    inside_ptr,
     bias_ptr,
     residual_ptr,
     y_ptr,
@@ -263,7 +317,7 @@ def conv_bn_act_forward_kernel(
     row_tile = tl.program_id(0) // column_tiles
     row = row_tile * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % column_tiles * COLS + tl.arange(0, COLS)
-    image, top, left = _divided(row, out_height, out_width)
+    image, out_y, out_x = _divided(row, out_height, out_width)
     taps = taps_down * TAPS_ACROSS
     acc = _taps_times_weight(
         x_ptrs,
@@ -276,13 +330,18 @@ def conv_bn_act_forward_kernel(
         scale_ptr,
         shift_ptr,
         tl.cast(prologue_slope, tl.float32),
+        inside_ptr,
         row,
         image,
-        top * stride_height - padding_height,
-        left * stride_width - padding_width,
+        out_y * stride_height - padding_height,
+        out_x * stride_width - padding_width,
+        out_y,
+        out_x,
         row < rows,
         height,
         width,
+        out_height,
+        out_width,
         dilation_height,
         dilation_width,
         0,
@@ -430,13 +489,18 @@ def conv_bn_act_backward_data_kernel(
         None,
         None,
         0.0,
+        None,
         row,
         image,
         y + top,
         x + left,
+        y,
+        x,
         exists,
         out_height,
         out_width,
+        class_height,
+        class_width,
         tap_height,
         tap_width,
         first_tap,
@@ -523,6 +587,7 @@ def conv_bn_act_backward_weight_kernel(
     widths,
     scale_ptr,
     shift_ptr,
+    inside_ptr,
     grad_ptr,  # (parts, C, taps, C_in)
     prologue_slope,
     pixels,  # of y
@@ -576,16 +641,27 @@ def conv_bn_act_backward_weight_kernel(
         if POINTWISE:
             source, inside = pixel, exists
         else:
-            image, y, x = _divided(pixel, out_height, out_width)
-            y = y * stride_height + down
-            x = x * stride_width + across
+            image, out_y, out_x = _divided(pixel, out_height, out_width)
+            y = out_y * stride_height + down
+            x = out_x * stride_width + across
             inside = exists & (y >= 0) & (y < height) & (x >= 0) & (x < width)
             source = (image * height + y) * width + x
         offsets = source.to(tl.int64)[None, :] * pixel_stride + channel[:, None]
         a = tl.load(x_ptr + offsets, mask=inside[None, :] & known[:, None], other=0.0)
         if scale_ptr is not None:
             a = _normalised(a, scale, shift, slope, PROLOGUE)
-            a = tl.where(inside[None, :], a, 0.0)
+            if inside_ptr is not None:
+                read = _inside(
+                    inside_ptr,
+                    tap,
+                    taps // TAPS_ACROSS,
+                    out_y,
+                    out_x,
+                    out_height,
+                    out_width,
+                    TAPS_ACROSS,
+                )
+                a = tl.where(read[None, :], a, 0.0)
         offsets = pixel.to(tl.int64)[:, None] * grad_y_pixel_stride + column[None, :]
         b = tl.load(grad_y_ptr + offsets, mask=exists[:, None] & wanted[None, :], other=0.0)
         acc = _dot(a, b, acc, PRECISION)

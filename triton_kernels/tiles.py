@@ -86,29 +86,40 @@ class ShapeClass:
 Table = Mapping[tuple[int, int, str], Tile]  # (90 for sm_90, bits, class) -> tile
 
 
-# Of 16 bits: class -> a tile for every one of COLUMNS. ptxas makes other tiles of sm_90 wait for
-# every product (messages C7510 to C7519) or spill: so a narrow result may take a wide tile.
+# Of sm_90, bits -> class -> a tile for every one of COLUMNS. ptxas makes other tiles wait for every
+# product (messages C7510 to C7519) or spill: so a narrow result may take a wide tile. fp32 is for
+# TF32; what is not named takes the heuristic's.
 _WGMMA = {
-    "forward 1x1 plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
-    "forward kxk plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
-    "forward 1x1 prologue": "128x32x32x4x3 128x32x32x4x3 128x64x128x8x2 128x128x64x8x3",
-    "forward kxk prologue": "128x64x64x8x3 128x64x64x8x3 128x64x64x8x3 128x64x64x8x3",
-    "backward_data 1x1 plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
-    "backward_data kxk plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
-    "backward_data 1x1 prologue": "128x16x64x4x3 128x32x64x4x3 128x64x64x8x3 128x128x64x8x3",
-    "backward_data kxk prologue": "128x16x64x4x3 128x32x64x4x3 128x64x64x8x3 128x128x64x8x3",
-    "backward_weight 1x1 plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x4x3",
-    "backward_weight kxk plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x4x3",
-    "backward_weight 1x1 prologue": "128x128x64x8x3 128x128x64x8x3 128x128x64x8x3 128x128x64x8x3",
-    "backward_weight kxk prologue": "128x128x64x8x3 128x128x64x8x3 128x128x64x8x3 128x128x64x8x3",
+    16: {
+        "forward 1x1 plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
+        "forward kxk plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
+        "forward 1x1 prologue": "128x32x32x4x3 128x32x32x4x3 128x64x128x8x2 128x128x64x8x3",
+        "forward kxk prologue": "128x32x32x4x3 128x32x32x4x3 128x64x128x8x2 128x128x64x8x3",
+        "backward_data 1x1 plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
+        "backward_data kxk plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
+        "backward_data 1x1 prologue": "128x16x64x4x3 128x32x64x4x3 128x64x64x8x3 128x128x64x8x3",
+        "backward_data kxk prologue": "128x16x64x4x3 128x32x64x4x3 128x64x64x8x3 128x128x64x8x3",
+        "backward_weight 1x1 plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x4x3",
+        "backward_weight kxk plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x4x3",
+        "backward_weight 1x1 prologue": "128x16x64x4x3 128x32x64x4x3 128x64x64x8x3 128x128x64x8x3",
+        "backward_weight kxk prologue": "128x16x64x4x3 128x32x64x4x3 128x64x64x8x3 128x128x64x8x3",
+    },
+    32: {
+        "forward 1x1 prologue": "128x64x32x8x2 128x64x32x8x2 128x64x32x8x2 128x64x32x8x2",
+        "forward kxk prologue": "128x64x32x8x2 128x64x32x8x2 128x64x32x8x2 128x64x32x8x2",
+        "forward kxk plain": "128x16x32x8x2 128x64x32x8x2 128x64x32x8x2 128x64x32x8x2",
+        "backward_data kxk plain": "128x16x32x8x2 128x64x32x8x2 128x64x32x8x2 128x64x32x8x2",
+        "backward_data kxk prologue": "128x16x32x8x2 128x64x32x8x2 128x64x32x8x2 128x64x32x8x2",
+    },
 }
 
 
 def _built_in() -> Table:
     """Tiles of which the compiler makes good code; none has been timed on a GPU yet."""
     return {
-        (90, 16, f"{name} {columns}"): Tile(*map(int, text.split("x")))
-        for name, texts in _WGMMA.items()
+        (90, bits, f"{name} {columns}"): Tile(*map(int, text.split("x")))
+        for bits, classes in _WGMMA.items()
+        for name, texts in classes.items()
         for columns, text in zip(COLUMNS, texts.split(), strict=True)
     }
 
