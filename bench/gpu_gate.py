@@ -158,10 +158,11 @@ def compile_triton(gpu: Gpu) -> list[list[str]]:
     return [python("-m", "bench.compile_triton", gpu.capability.replace(".", ""))]
 
 
-def time_ops(gpu: Gpu) -> list[list[str]]:
+def time_ops(layout: str) -> Callable[[Gpu], list[list[str]]]:
     """Rows of their own, appended as they are found: a second run goes on where the first ended."""
-    rows = str(BUILD / "batch_norm_times.jsonl")
-    return [python("-m", "bench.ops.gpu_batch_norm", "--seconds", "470", "--output", rows)]
+    rows = ("--output", str(BUILD / "batch_norm_times.jsonl"))
+    which = ("--layout", layout, "--seconds", "470")
+    return lambda gpu: [python("-m", "bench.ops.gpu_batch_norm", *which, *rows)]
 
 
 def sanitize(tool: str) -> Callable[[Gpu], list[list[str]]]:
@@ -230,7 +231,13 @@ JOBS: dict[str, tuple[Stage, ...]] = {
             "every BatchNorm of ResNet-50 and DenseNet-121 against eager and torch.compile, bf16 "
             "and fp16: microseconds, GB/s, share of a copy's",
             500,
-            time_ops,
+            time_ops("channels-last"),
+        ),
+        Stage(
+            "contiguous times",
+            "every BatchNorm of ResNet-50 and one of large images, contiguous, in the same way",
+            500,
+            time_ops("contiguous"),
         ),
         Stage(
             "convolutions",

@@ -115,6 +115,8 @@ def test_times_are_appended_and_not_taken_twice(
         assert row["resops forward"]["share of copy"] > 0 and row["copies"] >= 2
     assert gpu_batch_norm.main(command) == 0
     assert output.read_text() == first
+    assert gpu_batch_norm.main([*command, "--layout", "contiguous", "--shapes", "1"]) == 0
+    assert rows(output)[-1]["layout"] == "contiguous" and len(rows(output)) == 3
 
 
 def test_nothing_begins_without_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

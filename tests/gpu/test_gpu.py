@@ -265,6 +265,16 @@ def test_more_than_2_to_the_31_elements(channels_last: bool) -> None:
         x, y, None, None, 1.0, 1.0, False, "identity", 0.0
     )
     assert bool((added[..., 0::2] == 1).all()) and bool((added[..., 1::2] == 4).all())
+    del y, added
+    # With statistics held fixed the gradient of x is that of y, where relu passes it.
+    grad_x, _, grad_weight, grad_bias = torch.ops.resops.batch_norm_backward(
+        *(torch.ones_like(x), x, None, None, None, None, mean, invstd),
+        *(False, "relu", 0.0, [True, False, True, True]),
+    )
+    assert bool((grad_x[..., 0::2] == 0).all()) and bool((grad_x[..., 1::2] == 1).all())
+    passed = torch.full_like(mean, n * side * side / 2)
+    assert torch.equal(grad_bias, passed)
+    torch.testing.assert_close(grad_weight, passed, rtol=1e-5, atol=0)
 
 
 @needs_gpu

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.lanes.ptxas import find_nvcc
 
 from . import emulator
 
@@ -146,10 +147,36 @@ def test_interface_compiles_for_a_gpu() -> None:
     """What portable.cuh promises to kernels exists on both sides."""
     source = PROGRAMS / "interface.cu"
     emulator.compile_only(source)
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
+    if find_nvcc() is None:
         pytest.skip("no nvcc: the interface was compiled for the emulator only")
-    command = [nvcc, "-std=c++17", "-arch=sm_90a", "-I", str(emulator.ROOT / "csrc" / "cuda")]
-    command += ["--ptx", str(source), "-o", "/dev/null"]
+    compile_by_nvcc("--ptx", source, Path("/dev/null"))
+
+
+def compile_by_nvcc(how: str, source: Path, output: Path) -> None:
+    command = [find_nvcc() or "nvcc", "-std=c++20", "-arch=sm_90a", *how.split()]
+    command += ["-I", str(emulator.ROOT / "csrc" / "cuda"), str(source), "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
+def test_a_refused_launch_says_what_and_where(tmp_path: Path) -> None:
+    """By a CUDA runtime that only refuses: kernel, grid and architecture, and what to do on a GPU
+    that the build has no code for."""
+    binary = tmp_path / "launch_failure"
+    compile_by_nvcc("-cudart none", PROGRAMS / "launch_failure.cu", binary)
+
+    def said(status: int, capability: int) -> str:
+        command = [str(binary), str(status), str(capability)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    invalid_value, no_kernel_image = 1, 209  # cudaError_t
+    launch = "resops: launch of fill_kernel failed: "
+    where = (
+        "; grid (7, 2, 1), block (256, 1, 1), 64 bytes of shared memory, on Some GPU (sm_{number})"
+    )
+    assert said(0, 90) == "launched"
+    assert said(invalid_value, 90) == launch + "another reason" + where.format(number=90)
+    older = launch + "no kernel image" + where.format(number=75)
+    older += ". This build has no code for it: rebuild resops with TORCH_CUDA_ARCH_LIST=7.5"
+    assert said(no_kernel_image, 75) == older

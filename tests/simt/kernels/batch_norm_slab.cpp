@@ -58,7 +58,7 @@ void shapes() {
           Config c{dtype, samples, channels, 5, true, Activation::relu, true};
           c.slab = regime;
           run(c);
-          if (kSlowEmulator) continue;
+          if (kSlowEmulator || samples != 3) continue;
           c.training = false;  // then the sums are not in grad_x
           run(c);
         }
