@@ -422,7 +422,7 @@ def basic_block(
 
 
 def dense_block(
-    input: Tensor,
+    input: Tensor | Sequence[Tensor],
     layers: Sequence[DenseLayer],
     transition: NormConv | None = None,
     *,
@@ -442,10 +442,14 @@ def dense_block(
     that read it (docs/math/dense_block.md).
 
     Norms of one block of which only some train, or with differing ``eps``, are computed layer by
-    layer; ``resops.ops.dense_block.fallback_reason`` says so.
+    layer; ``resops.ops.dense_block.fallback_reason`` says so, and :func:`resops.explain`.
+
+    Without a transition the output is the buffer itself, which the backward pass reads: after an
+    in-place operation on it (``F.relu(y, inplace=True)``) backward raises a RuntimeError.
 
     Args:
-        input: (N, C, H, W), float32, bfloat16, float16 or float64; any strides.
+        input: (N, C, H, W), float32, bfloat16, float16 or float64; any strides. Or several such
+            tensors, of which the features are the channels one after the other.
         layers: :class:`DenseLayer` of two :class:`NormConv`, a batch norm, a ReLU and a convolution
             without bias of stride 1, odd kernel and a padding that keeps the image's size: 1x1 and
             3x3 in DenseNet-B.

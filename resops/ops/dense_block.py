@@ -104,10 +104,34 @@ def _consumers(layers: Sequence[DenseLayer], transition: NormConv | None) -> lis
     return consumers if transition is None else [*consumers, transition]
 
 
-def _check_types(
-    x: object, layers: Sequence[object], transition: object, drop_rate: object
-) -> None:
-    check_tensor(OP, "input", x)
+def _joined(input: object) -> Tensor:
+    """The input, of several tensors side by side along the channels one.
+
+    Raises:
+        TypeError, RuntimeError: no tensor, or tensors that do not fit together.
+    """
+    if not isinstance(input, list | tuple) or len(input) == 0:
+        check_tensor(OP, "input", input)
+        assert isinstance(input, Tensor)
+        return input
+    for i, t in enumerate(input):
+        check_tensor(OP, f"input[{i}]", t)
+    first = input[0]
+    for i, t in enumerate(input):
+        if t.dim() != 4 or (t.size(0), t.shape[2:]) != (first.size(0), first.shape[2:]):
+            raise RuntimeError(
+                f"{OP}: input[{i}] should be of size (N, C, H, W) with the batch and image size of "
+                f"input[0], {list(first.shape)}, but got size {list(t.shape)}"
+            )
+        if (t.dtype, t.device) != (first.dtype, first.device):
+            raise RuntimeError(
+                f"{OP}: input[{i}] should be {first.dtype} on {first.device} as input[0], but got "
+                f"{t.dtype} on {t.device}"
+            )
+    return first if len(input) == 1 else torch.cat(input, 1)
+
+
+def _check_types(layers: Sequence[object], transition: object, drop_rate: object) -> None:
     for number, layer in enumerate(layers, 1):
         if not isinstance(layer, DenseLayer):
             kind = type(layer).__name__
@@ -236,7 +260,7 @@ def _composition(
 
 
 def dense_block(
-    x: Tensor,
+    input: Tensor | Sequence[Tensor],
     layers: Sequence[DenseLayer],
     transition: NormConv | None = None,
     *,
@@ -250,7 +274,8 @@ def dense_block(
         narrow: what :func:`resops.ops.dense_block_passes.evaluate` takes, for layers of modules.
     """
     layers = list(layers)
-    _check_types(x, layers, transition, drop_rate)
+    x = _joined(input)
+    _check_types(layers, transition, drop_rate)
     if traced_to_aten():
         return reference.dense_block(x, layers, transition, drop_rate)
     x, layers, transition = _cast(x, layers, transition)

@@ -172,6 +172,31 @@ def test_layers_that_were_changed_run_one_by_one() -> None:
     assert y.shape == (2, 5)
 
 
+def test_explain_names_the_op() -> None:
+    """One row per block, and why one of them is not computed as the op."""
+    model, x = DenseNet(*SMALL, num_classes=5), images(dtype=torch.float32)
+    told = {p.name: p for p in resops.explain(model, x).paths}
+    assert list(told) == [
+        "features.norm0",
+        *(f"features.denseblock{i}" for i in (1, 2, 3, 4)),
+        "features.norm5",
+    ]
+    patterns = [told[f"features.denseblock{i}"].pattern for i in (1, 2, 3, 4)]
+    assert patterns == [*["dense_block+transition"] * 3, "dense_block"]
+    assert {p.path for p in told.values()} == {"native"}
+    with resops.backend("reference"):
+        told = {p.name: p for p in resops.explain(model, x).paths}
+    block = told["features.denseblock1"]
+    assert (block.path, block.why) == ("layer by layer, reference", "the backend is the reference")
+    model.features.denseblock2.denselayer1.norm1.eps = 1e-3
+    model.features.denseblock3.denselayer1.norm1.register_forward_hook(lambda *args: None)
+    told = {p.name: p for p in resops.explain(model, x).paths}
+    assert told["features.denseblock2"].path == "layer by layer, native"
+    assert "eps differs" in told["features.denseblock2"].why
+    assert told["features.denseblock3.denselayer1.norm1"].path == "native"
+    assert "features.denseblock3" not in told
+
+
 def test_dropout() -> None:
     ours, _ = pair(drop_rate=0.5)
     x = images(dtype=torch.float32)

@@ -160,6 +160,8 @@ def reference_phases_as_native() -> Iterator[None]:
     native = torch.ops.resops
     names = ("statistics", "apply", "forward", "backward_reduce", "backward_apply", "backward")
     ops = {f"batch_norm_{name}": getattr(native, f"batch_norm_{name}") for name in names}
+    for name in ("apply", "accumulate", "gradient", "update_running"):
+        ops[f"dense_block_{name}"] = getattr(native, f"dense_block_{name}")
     for name in ("forward", "backward_data", "backward_weight"):
         ops[f"conv_bn_act_{name}"] = getattr(phases, f"conv_bn_act_{name}")
     with pytest.MonkeyPatch.context() as patch, convolution.convolutions("fused"):

@@ -18,7 +18,6 @@ from torch import Tensor
 
 import resops
 from bench.session import saved_bytes
-from resops import _dispatch
 from resops.functional import DenseLayer, NormConv, dense_block, transition
 from resops.ops.dense_block import fallback_reason
 from tests.accuracy import UNIT_ROUNDOFF
@@ -382,18 +381,30 @@ def test_same_bits_for_any_number_of_threads() -> None:
 
 @modes
 @pytest.mark.parametrize("how", ["library", "fused"])
-def test_without_kernels_of_its_own(
-    how: str, training: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a GPU: the definition's phases between another op's kernels, and convolutions with
-    prologue, statistics and sums."""
-    monkeypatch.setitem(_dispatch._KERNELS["native"], "dense_block", frozenset())
+def test_convolutions_of_other_kinds(how: str, training: bool) -> None:
+    """As a table of a GPU's measurements may choose them: the library's, and all of them with
+    prologue, statistics and sums; then the 1x1 of a layer normalises the buffer on load."""
     args = block(F64, training=training)
     its = results(definition, fresh(args))
     with CONVOLUTIONS[how](), counted_calls() as calls:
         mine = results(dense_block, fresh(args))
-    assert calls["dense_block_apply"] == 0
+    # Each consumer there and back; with a prologue the transition's, which pools first.
+    assert calls["dense_block_apply"] == (2 if how == "fused" else 8)
     assert_equal_results(mine, its)
+
+
+def test_several_inputs() -> None:
+    """Side by side along the channels, each with its gradient."""
+    args = block(F64)
+    whole = results(dense_block, fresh(args))
+    parts = [t.detach().requires_grad_() for t in args.x.split([1, 3, 2], 1)]
+    copied = fresh(args)
+    y = dense_block(parts, copied.layers, copied.transition)
+    torch.testing.assert_close(y, whole["y"])
+    grads = torch.autograd.grad(y, parts, gradient_like(y))
+    torch.testing.assert_close(torch.cat(grads, 1), whole["grad_x"])
+    one = dense_block([copied.x], fresh(args).layers, fresh(args).transition)
+    torch.testing.assert_close(one, whole["y"])
 
 
 def test_backend_reference_is_the_definition() -> None:
@@ -467,7 +478,38 @@ def _bad_calls() -> dict[str, tuple[Any, type[Exception], str]]:
             NotImplementedError,
             "not implemented for torch.int64",
         ),
-        "no tensor": (good._replace(x=[1.0]), TypeError, "'input' must be Tensor"),
+        "no tensor": (good._replace(x=1.0), TypeError, "'input' must be Tensor"),
+        "nothing in a list": (good._replace(x=[]), TypeError, "'input' must be Tensor, not list"),
+        "no tensor in a list": (
+            good._replace(x=[good.x, 1.0]),
+            TypeError,
+            r"'input\[1\]' must be Tensor, not float",
+        ),
+        "inputs of unequal size": (
+            good._replace(x=[good.x[:, :4], good.x[:, 4:, :5]]),
+            RuntimeError,
+            r"input\[1\] should be .* image size of input\[0\], \[3, 4, 6, 5\]",
+        ),
+        "inputs of unequal batch": (
+            good._replace(x=[good.x[:, :4], good.x[:2, 4:]]),
+            RuntimeError,
+            r"input\[1\] should be .* batch and image size",
+        ),
+        "inputs of unequal dtype": (
+            good._replace(x=[good.x[:, :4], good.x[:, 4:].double()]),
+            RuntimeError,
+            r"input\[1\] should be torch.float32",
+        ),
+        "channels of several inputs": (
+            good._replace(x=[good.x, good.x]),
+            RuntimeError,
+            "layer 1, conv1: .*should contain 12 elements not 6",
+        ),
+        "only one running statistic": (
+            second(DenseLayer(narrow._replace(running_var=None), wide)),
+            ValueError,
+            "layer 2, conv1: running_mean and running_var must either both be None",
+        ),
         "no layer": (second((narrow, wide)), TypeError, "layer 2 must be DenseLayer, not tuple"),
         "no norm": (
             second(DenseLayer(narrow, None)),
