@@ -35,15 +35,9 @@ if backend == "native":
     names = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("resops::")]
     ops = [name for name in names if not name.endswith("_formulas")]
     assert len(ops) >= 8, ops
-    # Of convolutions there is the forward pass; a GPU's gradients are cuDNN's. The passes of a
-    # dense block are made of PyTorch's ops there.
+    # Of convolutions there is the forward pass; a GPU's gradients are cuDNN's.
     on_cpu_only = {
-        f"resops::{op}_{phase}"
-        for op, phases in {
-            "conv_bn_act": ("backward_data", "backward_weight", "folded"),
-            "dense_block": ("apply", "accumulate", "gradient"),
-        }.items()
-        for phase in phases
+        f"resops::conv_bn_act_{phase}" for phase in ("backward_data", "backward_weight", "folded")
     }
     for key in ("CPU", "CUDA"):
         for op in ops:
@@ -51,7 +45,7 @@ if backend == "native":
             assert torch._C._dispatch_has_kernel_for_dispatch_key(op, key) == wanted, (op, key)
     assert (facts["cuda architectures"] != "none") == (built == "cuda"), facts
     for op, devices in _dispatch._KERNELS["native"].items():
-        assert ("cuda" in devices) == (built == "cuda" and op != "dense_block"), op
+        assert ("cuda" in devices) == (built == "cuda"), op
 else:
     assert _native.module is None
     assert "not built" in (_native.error or ""), _native.error
