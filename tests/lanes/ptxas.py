@@ -77,8 +77,14 @@ class Kernel:
         return int(numbers[0]) if self.is_hot and numbers else 0
 
     @property
+    def is_for_wide_accesses(self) -> bool:
+        """Of its type, the first argument. Fewer bytes are for rows that are not whole vectors."""
+        size = 4 if self.arguments.startswith("float,") else 2
+        return self.vector > 1 and self.vector * size >= 16
+
+    @property
     def is_narrow(self) -> bool:
-        if self.vector <= 1:
+        if not self.is_for_wide_accesses:
             return False
         writes = not self.name.endswith(("_statistics_kernel", "_reduce_kernel"))
         return self.wide_loads == 0 or (writes and self.wide_stores == 0)
@@ -273,7 +279,7 @@ def table(found: Iterable[Kernel], every_instance: bool = False) -> str:
 
 
 def _width(kernels: list[Kernel]) -> str:
-    vectors = [k for k in kernels if k.vector > 1]
+    vectors = [k for k in kernels if k.is_for_wide_accesses]
     if not vectors or vectors[0].wide_loads is None:
         return ""
     return "no" if any(k.is_narrow for k in vectors) else "yes"
