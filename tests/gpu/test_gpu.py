@@ -18,9 +18,15 @@ from torch import Tensor
 
 import resops
 from resops import _dispatch
-from resops.functional import batch_norm_act, batch_norm_act_max_pool, residual_add
+from resops.functional import (
+    batch_norm_act,
+    batch_norm_act_max_pool,
+    dense_block,
+    residual_add,
+)
 from tests.accuracy import Exact, assert_rule_R, to_numpy
 from tests.dispatch import counted_calls, native_calls
+from tests.ops import dense_block_cases
 
 DEVICE = os.environ.get("RESOPS_TEST_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda"
@@ -117,6 +123,31 @@ def test_compiled_gives_the_same_bits(dtype: torch.dtype) -> None:
         results.append(forward_and_backward(call, x, residual, grad))
     for eager, traced in zip(*results, strict=True):
         assert torch.equal(eager, traced) and eager.stride() == traced.stride()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+def test_dense_block(training: bool) -> None:
+    """A block on its own kernels, against PyTorch's ops on the same device."""
+
+    def there(t: Tensor) -> Tensor:
+        return t.detach().to(DEVICE).requires_grad_(t.requires_grad)
+
+    torch.manual_seed(2)
+    args = dense_block_cases.map_tensors(
+        there,
+        dense_block_cases.block(
+            torch.float32, layers=2, channels=8, size=(4, 12, 10), training=training
+        ),
+    )
+    its = dense_block_cases.results(dense_block_cases.definition, dense_block_cases.fresh(args))
+    with counted_calls() as calls:
+        mine = dense_block_cases.results(dense_block, dense_block_cases.fresh(args))
+    assert calls["dense_block_accumulate"] == 3
+    assert calls["dense_block_update_running"] == int(training)
+    for name, t in its.items():
+        # Of the size of TF32's rounding, which the library's convolutions may have.
+        error = float((mine[name] - t).norm() / t.norm().clamp_min(1e-3))
+        assert error <= 5e-3, (name, error)
 
 
 @needs_gpu

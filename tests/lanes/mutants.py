@@ -45,6 +45,7 @@ ARGUMENTS = "tests/ops/test_batch_norm_arguments.py"
 OPINFO = "tests/ops/test_opinfo.py"
 NODES = "tests/ops/test_autograd_nodes.py"
 POOL = "tests/ops/test_batch_norm_act_max_pool.py"
+DENSE_PHASES = "tests/ops/test_dense_block_phases.py"
 
 
 def bug(name: str, edits: Edit | tuple[Edit, ...], *tests: str) -> Mutant:
@@ -524,5 +525,20 @@ MUTANTS = [
             "kept is None",
         ),
         f"{STATE}::test_folded_weights_follow_their_sources",
+    ),
+    # ---- dense_block -----------------------------------------------------------------------------
+    bug(
+        "mask of a consumer from values that are not centred",
+        Edit(
+            "csrc/cpu/dense_block_kernels.cpp",
+            "passes(pre_activation(a, centred, at))",
+            "passes(pre_activation(a, xs[r].pack[i], at))",
+        ),
+        f"{DENSE_PHASES}::test_phases_are_the_definition",
+    ),
+    bug(
+        "running variance of a block's consumers biased",
+        Edit("csrc/cpu/dense_block.cpp", "v *= unbiased", "v *= 1.0"),
+        f"{DENSE_PHASES}::test_running_statistics_of_all_consumers",
     ),
 ]

@@ -9,6 +9,7 @@ from tests.lanes.mutants import Edit, Mutant, bug
 ACTIVATION = "triton_kernels/activation.py"
 BATCH_NORM = "triton_kernels/batch_norm_kernels.py"
 RESIDUAL_ADD = "triton_kernels/residual_add.py"
+DENSE_BLOCK = "triton_kernels/dense_block.py"
 CONV = "triton_kernels/conv_bn_act_kernels.py"
 CONV_LAUNCHERS = "triton_kernels/conv_bn_act.py"
 
@@ -79,6 +80,39 @@ MUTANTS: list[Mutant] = [
         "Triton: complement of alpha added, not subtracted",
         Edit(RESIDUAL_ADD, "1.0 - alpha", "1.0 + alpha"),
         interpreted("residual_add", "rule_R-per_sample_complement-relu"),
+    ),
+    # ---- dense_block ----------------------------------------------------------------------------
+    bug(
+        "Triton: mask of a consumer without its bias",
+        Edit(
+            DENSE_BLOCK,
+            "pre_activation(centred, scale, bias) <= 0",
+            "pre_activation(centred, scale, 0.0 * bias) <= 0",
+        ),
+        interpreted("dense_block", "definition-float32-12"),
+    ),
+    bug(
+        "Triton: the sum over consumers stored, not added to",
+        Edit(
+            DENSE_BLOCK,
+            "tl.load(places, mask=valid, other=0.0).to(tl.float32)",
+            "0.0 * tl.load(places, mask=valid, other=0.0).to(tl.float32)",
+        ),
+        interpreted("dense_block", "definition-float32-12"),
+    ),
+    bug(
+        "Triton: last consumer's running statistics left out",
+        Edit(
+            DENSE_BLOCK,
+            "tl.static_range(len(running_mean_ptrs))",
+            "tl.static_range(len(channels) - 1)",
+        ),
+        interpreted("dense_block", "running_statistics-float32"),
+    ),
+    bug(
+        "Triton: running variance of a block's consumers biased",
+        Edit(DENSE_BLOCK, "tl.cast(unbiased, tl.float32)", "1.0"),
+        interpreted("dense_block", "running_statistics-float32"),
     ),
     # ---- conv_bn_act: forward -------------------------------------------------------------------
     bug(
