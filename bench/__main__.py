@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         nargs="?",
         const="default",
         choices=("default", "max-autotune"),
-        help="models: time torch.compile as well, in this mode",
+        help="models, families: time torch.compile as well, in this mode",
     )
     parser.add_argument(
         "--noise", action="store_true", help="random images in place of photographs"
