@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         nargs="?",
         const="default",
         choices=("default", "max-autotune"),
-        help="models, densenet: time torch.compile as well, in this mode",
+        help="models, densenet, families: time torch.compile as well, in this mode",
     )
     parser.add_argument(
         "--noise", action="store_true", help="random images in place of photographs"

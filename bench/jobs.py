@@ -203,7 +203,7 @@ def _families(plan: Plan) -> list[Part]:
         raise BadOptions(f"--models takes {known}, but got {', '.join(sorted(unknown))}")
 
     def time_network(name: str) -> Callable[[Session], None]:
-        return lambda session: families.run(session, [name], plan.family_batches)
+        return lambda session: families.run(session, [name], plan.family_batches, plan.compile)
 
     return [(1, time_network(name)) for name in names]
 

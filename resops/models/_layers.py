@@ -21,13 +21,18 @@ class Layers(NamedTuple):
 
     Attributes:
         dimensions: 2 or 3.
-        norm_layer: see :func:`resops.nn.create_norm_act`; None for no norm.
+        norm_layer: see :func:`resops.nn.create_norm_act`; None for "batch"; "none" or nn.Identity
+            for no norm, and convolutions with a bias.
         act_layer: a class or a name, as in :class:`resops.nn.BatchNormAct2d`; None for none.
     """
 
     dimensions: int
-    norm_layer: NormLayer = "batch"
+    norm_layer: NormLayer = None
     act_layer: ActLayer = "relu"
+
+    @property
+    def has_norms(self) -> bool:
+        return self.norm_layer not in ("none", nn.Identity)
 
     def norm(self, channels: int, apply_act: bool = True) -> nn.Module:
         """A norm with its activation, called with x and, if there is one, a residual.
@@ -36,9 +41,10 @@ class Layers(NamedTuple):
             ValueError: an unknown name of a norm or of an activation.
         """
         act_layer = self.act_layer if apply_act else None
-        if self.norm_layer is None:
+        if not self.has_norms:
             return NormThenAct(None, act_layer)
-        return create_norm_act(self.norm_layer, channels, act_layer, dimensions=self.dimensions)
+        norm_layer = "batch" if self.norm_layer is None else self.norm_layer
+        return create_norm_act(norm_layer, channels, act_layer, dimensions=self.dimensions)
 
     def conv(
         self,
@@ -52,7 +58,7 @@ class Layers(NamedTuple):
         """A convolution; ``padding`` keeps the size, and a bias is there only without a norm."""
         conv = nn.Conv2d if self.dimensions == 2 else nn.Conv3d
         pads = kernel_size // 2 if padding is None else padding
-        with_bias = self.norm_layer is None if bias is None else bias
+        with_bias = not self.has_norms if bias is None else bias
         return conv(in_channels, out_channels, kernel_size, stride, pads, bias=with_bias)
 
     def up_conv(self, in_channels: int, out_channels: int, bias: bool = True) -> nn.Module:

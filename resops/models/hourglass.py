@@ -22,7 +22,7 @@ from ._layers import ActLayer, Layers, NormLayer, check_image, initialise
 from ._registry import register_model
 
 
-class PreActBottleneck(nn.Module):
+class ResidualModule(nn.Module):
     """shortcut(x) + F(x), F norm-activation-convolution three times: 1x1, 3x3 and 1x1, the first
     two of half the channels."""
 
@@ -55,7 +55,7 @@ class Hourglass(nn.Module):
 
         def chain() -> nn.Sequential:
             return nn.Sequential(
-                *(PreActBottleneck(channels, channels, layers) for _ in range(blocks))
+                *(ResidualModule(channels, channels, layers) for _ in range(blocks))
             )
 
         self.skip = chain()
@@ -99,7 +99,7 @@ class StackedHourglass(nn.Module):
         width: int = 256,
         depth: int = 4,
         blocks: int = 1,
-        norm_layer: NormLayer = "batch",
+        norm_layer: NormLayer = None,
         act_layer: ActLayer = "relu",
     ) -> None:
         super().__init__()
@@ -113,14 +113,14 @@ class StackedHourglass(nn.Module):
         layers = Layers(2, norm_layer, act_layer)
         self.conv1 = layers.conv(in_chans, width // 4, 7, stride=2, bias=True)
         self.norm1 = layers.norm(width // 4)
-        self.layer1 = PreActBottleneck(width // 4, width // 2, layers)
+        self.layer1 = ResidualModule(width // 4, width // 2, layers)
         self.pool = layers.max_pool()
-        self.layer2 = PreActBottleneck(width // 2, width // 2, layers)
-        self.layer3 = PreActBottleneck(width // 2, width, layers)
+        self.layer2 = ResidualModule(width // 2, width // 2, layers)
+        self.layer3 = ResidualModule(width // 2, width, layers)
         stacks = range(num_stacks)
         self.hourglasses = nn.ModuleList(Hourglass(depth, width, blocks, layers) for _ in stacks)
         self.residuals = nn.ModuleList(
-            nn.Sequential(*(PreActBottleneck(width, width, layers) for _ in range(blocks)))
+            nn.Sequential(*(ResidualModule(width, width, layers) for _ in range(blocks)))
             for _ in stacks
         )
         self.convs = nn.ModuleList(layers.conv(width, width, 1, bias=True) for _ in stacks)

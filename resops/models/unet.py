@@ -140,8 +140,8 @@ class UNet(nn.Module):
         widths: channels at each resolution, from fine to coarse.
         bilinear: upsample by interpolation, and halve the channels in the convolution before;
             else by transposed convolutions that do both.
-        norm_layer: "batch", "instance" or "group" norm, a class, or None for no norm (and
-            convolutions with a bias).
+        norm_layer: "batch" (that of None), "instance" or "group" norm, a class, or "none" for no
+            norm (and convolutions with a bias).
         act_layer: the activation, a name or a class. nnU-Net (Isensee et al., 2021) has
             ``norm_layer="instance", act_layer="leaky_relu"``.
         residual: every double convolution is a residual block.
@@ -163,7 +163,7 @@ class UNet(nn.Module):
         in_chans: int = 3,
         widths: Sequence[int] = WIDTHS,
         bilinear: bool = False,
-        norm_layer: NormLayer = "batch",
+        norm_layer: NormLayer = None,
         act_layer: ActLayer = "relu",
         residual: bool = False,
         padded: bool = True,
@@ -247,6 +247,8 @@ def residual_unet(num_classes: int = 2, in_chans: int = 3, **kwargs: Any) -> UNe
 @register_model
 def unet_valid(num_classes: int = 2, in_chans: int = 1, **kwargs: Any) -> UNet:
     """The U-Net of the paper: valid convolutions with a bias, no norm, dropout of one half at the
-    end of the contracting path. ``kwargs`` are those of :class:`UNet`."""
-    options: dict[str, Any] = {"norm_layer": None, "padded": False, "drop_rate": 0.5}
-    return UNet(num_classes, in_chans, **{**options, **kwargs})
+    end of the contracting path. ``kwargs`` are those of :class:`UNet`, and ``norm_layer=None`` is
+    "none"."""
+    options: dict[str, Any] = {"padded": False, "drop_rate": 0.5, **kwargs}
+    options["norm_layer"] = options.get("norm_layer") or "none"
+    return UNet(num_classes, in_chans, **options)

@@ -42,7 +42,7 @@ class UNet3d(nn.Module):
         in_chans: int = 3,
         widths: Sequence[int] = (64, 128, 256, 512),
         trilinear: bool = False,
-        norm_layer: NormLayer = "batch",
+        norm_layer: NormLayer = None,
         act_layer: ActLayer = "relu",
         residual: bool = False,
     ) -> None:

@@ -47,7 +47,7 @@ class UNetPlusPlus(nn.Module):
         widths: Sequence[int] = (32, 64, 128, 256, 512),
         bilinear: bool = False,
         deep_supervision: bool = False,
-        norm_layer: NormLayer = "batch",
+        norm_layer: NormLayer = None,
         act_layer: ActLayer = "relu",
     ) -> None:
         super().__init__()

@@ -3,7 +3,7 @@ Medical Image Segmentation", 2016, Figure 2).
 
 Each resolution is a residual function of one to three 5x5x5 convolutions; resolutions change by
 2x2x2 convolutions of stride 2, and by transposed ones. As in the implementations that people use, a
-norm follows every convolution, which the paper does not have: ``norm_layer=None`` leaves it out.
+norm follows every convolution, which the paper does not have: ``norm_layer="none"`` leaves it out.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class VNet(nn.Module):
         in_chans: int = 1,
         widths: Sequence[int] = (16, 32, 64, 128, 256),
         depths: Sequence[int] = (1, 2, 3, 3, 3),
-        norm_layer: NormLayer = "batch",
+        norm_layer: NormLayer = None,
         act_layer: ActLayer = "prelu",
     ) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class VNet(nn.Module):
         self.ups = nn.ModuleList()
         below = widths[-1]
         for wide, depth in zip(reversed(widths[:-1]), reversed(depths[:-1]), strict=True):
-            up = layers.up_conv(below, wide, bias=layers.norm_layer is None)
+            up = layers.up_conv(below, wide, bias=not layers.has_norms)
             self.up_convs.append(Resize(up, layers.norm(wide)))
             below = 2 * wide  # a stage on the way up has the channels of both paths
             self.ups.append(ResidualStage(below, below, depth, layers))

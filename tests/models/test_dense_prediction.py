@@ -90,11 +90,11 @@ def test_bfloat16(name: str) -> None:
     ("make", "count"),
     [
         # "Total params" in the authors' own code of both, github.com/MrGiovanni/UNetPlusPlus
-        (lambda: UNetPlusPlus(1, 1, norm_layer=None), 9_041_601),
-        (lambda: UNet(1, 1, (32, 64, 128, 256, 512), norm_layer=None), 7_759_521),
+        (lambda: UNetPlusPlus(1, 1, norm_layer="none"), 9_041_601),
+        (lambda: UNet(1, 1, (32, 64, 128, 256, 512), norm_layer="none"), 7_759_521),
         # Çiçek et al., 2016, section 2: "19069955 parameters in total", which are those of the
         # convolutions, with biases
-        (lambda: create_model("unet3d", norm_layer=None), 19_069_955),
+        (lambda: create_model("unet3d", norm_layer="none"), 19_069_955),
     ],
     ids=["unetplusplus", "unet", "unet3d"],
 )

@@ -34,9 +34,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "residual": {"residual": True},
     "instance": {"norm_layer": "instance"},
     "group": {"norm_layer": "group"},
-    "no norm": {"norm_layer": None},
+    "no norm": {"norm_layer": "none"},
     "no fused norm": {"norm_layer": lambda channels: nn.LocalResponseNorm(3)},
-    "valid": {"norm_layer": None, "padded": False},
+    "valid": {"norm_layer": "none", "padded": False},
 }
 
 
@@ -164,7 +164,7 @@ def test_sizes_of_the_paper() -> None:
 @pytest.mark.parametrize("size", [(44, 44), (45, 51), (46, 60), (47, 45)])
 @torch.no_grad()
 def test_valid_unet_takes_any_size(size: tuple[int, int]) -> None:
-    model = small(norm_layer=None, padded=False)
+    model = small(norm_layer="none", padded=False)
     y = model(torch.randn(1, 2, *size))
     assert y.shape == (1, 3, *(model.output_size(n) for n in size))
 
@@ -230,7 +230,7 @@ def test_evaluation_is_folded() -> None:
 
 
 def test_dropout_at_the_end_of_the_contracting_path() -> None:
-    model = small(norm_layer=None, padded=False, drop_rate=0.5)
+    model = small(norm_layer="none", padded=False, drop_rate=0.5)
     x = torch.randn(1, 2, 44, 44)
     assert not torch.equal(model(x), model(x))
     model.eval()
@@ -240,7 +240,7 @@ def test_dropout_at_the_end_of_the_contracting_path() -> None:
 def test_initial_weights() -> None:
     """Section 3 of the paper: standard deviation sqrt(2 / N), "for a 3x3 convolution and 64 feature
     channels in the previous layer N = 9 * 64"; an up-convolution has one tap for each channel."""
-    model: Any = UNet(widths=(64, 128), norm_layer=None)
+    model: Any = UNet(widths=(64, 128), norm_layer="none")
     for weight, incoming in (
         (model.inc.double_conv[2].weight, 9 * 64),
         (model.up1.up.weight, 128),
@@ -312,7 +312,7 @@ def test_wrong_tiles() -> None:
     with pytest.raises(ValueError, match="not empty"):
         overlap_tile(small(), x[:0], 8)
     with pytest.raises(ValueError, match="take a larger margin"):
-        overlap_tile(small(padded=False, norm_layer=None), x, 8, margin=18)
+        overlap_tile(small(padded=False, norm_layer="none"), x, 8, margin=18)
     with pytest.raises(ValueError, match="out must be of size"):
         overlap_tile(small(), x, 8, out=torch.empty(1, 2, 40, 24))
 
@@ -323,3 +323,22 @@ def test_compiled_without_graph_breaks() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 2, 5, 7, dtype=torch.float64)
     torch.testing.assert_close(compiled(x), twin(x), rtol=1e-8, atol=1e-8)
+
+
+def test_norm_layer_means_the_same_in_every_family() -> None:
+    """None is the family's own norm, as in torchvision and timm; "none", nn.Identity are none."""
+    for name in ("resnet20", "unet", "unet3d"):
+        with torch.device("meta"):
+            keys = {
+                norm: list(create_model(name, norm_layer=norm).state_dict())
+                for norm in (None, "batch", "none", nn.Identity)
+            }
+        assert keys[None] == keys["batch"] and any("running_mean" in key for key in keys[None])
+        for without in ("none", nn.Identity):
+            assert not any("running_mean" in key for key in keys[without])
+    small_valid: dict[str, Any] = {"widths": (4, 8)}
+    own = list(create_model("unet_valid", **small_valid).state_dict())
+    assert own == list(create_model("unet_valid", norm_layer=None, **small_valid).state_dict())
+    assert not any("running_mean" in key for key in own)
+    batch = create_model("unet_valid", norm_layer="batch", **small_valid)
+    assert any("running_mean" in key for key in batch.state_dict())
