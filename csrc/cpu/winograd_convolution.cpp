@@ -27,7 +27,9 @@ constexpr int64_t kCacheBytes = int64_t{1} << 20;     // of the second-level cac
 constexpr int64_t kProductBytes = int64_t{32} << 20;  // of a weight's gradient at all points
 // At most so many channels of the weight's gradient are computed together: of the output, of the
 // input. The product is 2.4 MB at 36 points; a smaller one would read the operands more often.
-constexpr int64_t kGradientRows = 140, kGradientColumns = 128;
+// Where there is one block, it is read again at once, and half of it stays in the second-level
+// cache: 1.2 times as fast for 512 channels of 7x7.
+constexpr int64_t kGradientRows = 140, kRowsOfOneBlock = 70, kGradientColumns = 128;
 
 int64_t points(int tile) { return (tile + 2) * (tile + 2); }
 
@@ -124,7 +126,7 @@ int64_t equal_blocks(int64_t tiles, int64_t most) {
 // the weight does not, and is used for more tiles each time it is read.
 int64_t convolution_block(const WinogradGeometry& g, int64_t tiles) {
   const int64_t channels = g.in_channels + g.out_channels;
-  const int64_t wanted = (channels <= 256 ? 56 : 112) * (g.tile == 4 ? 1 : 2);
+  const int64_t wanted = (channels <= 256 ? 28 : 112) * (g.tile == 4 ? 1 : 2);
   const int64_t bytes = points(g.tile) * (channels + 64) * static_cast<int64_t>(sizeof(float));
   return equal_blocks(tiles, std::min(wanted, kOperandBytes / bytes));
 }
@@ -331,7 +333,7 @@ void winograd_backward_weight(const Tensor& grad_y, at::TensorList inputs,
   const int64_t rows_bytes = points(g.tile) * g.out_channels * static_cast<int64_t>(sizeof(float));
   const int64_t fitting = std::max<int64_t>(kProductBytes / rows_bytes / k.panel, 1) * k.panel;
   const int64_t columns = std::min({most_columns * k.panel, fitting, kGradientColumns});
-  const int64_t rows = equal_blocks(g.out_channels, kGradientRows);
+  const int64_t rows = equal_blocks(g.out_channels, blocks == 1 ? kRowsOfOneBlock : kGradientRows);
   const int64_t column_ranges = ceil_div(g.in_channels, columns);
   const int64_t row_ranges = ceil_div(g.out_channels, rows);
   const int64_t unit_size = k.product_size(g.tile, columns, rows);

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 import resops
 from resops.functional import conv_bn_act
@@ -455,10 +456,8 @@ def test_a_workspace_beyond_the_bound_of_many_channels(one_thread: None) -> None
         grad, [x], *none, [channels, 16, 3, 3], *geometry
     )
     some = torch.tensor([0, 139, 140, channels - 1])
-    exact = torch.nn.grad.conv2d_weight(
-        x.double(), (len(some), 16, 3, 3), grad[:, some].double(), padding=1
-    )
-    terms = torch.nn.grad.conv2d_weight(
+    exact = conv2d_weight(x.double(), (len(some), 16, 3, 3), grad[:, some].double(), padding=1)
+    terms = conv2d_weight(
         x.double().abs(), (len(some), 16, 3, 3), grad[:, some].double().abs(), padding=1
     )
     assert_near("grad_weight", found[some], exact, terms, LIMIT)
