@@ -208,19 +208,21 @@ class Roofline:
         self.device, self.threads = device, threads
         self.nbytes = large_bytes() if nbytes is None else nbytes
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
-        self._buffers = Buffers.of(self.nbytes, device)
-        self.measured = {kind: self._measure(kind, budget_s / len(KINDS)) for kind in KINDS}
+        buffers = Buffers.of(self.nbytes, device)
+        budget_s /= len(KINDS)
+        self.measured = {kind: self._measure(kind, buffers, budget_s) for kind in KINDS}
+        self._written = buffers.y  # the others go: their memory is what comes next in the run
 
-    def _measure(self, kind: str, budget_s: float) -> Measured:
+    def _measure(self, kind: str, buffers: Buffers, budget_s: float) -> Measured:
         with timing.threads(self.threads):
             found = timing.alternate(
-                _ways(kind, self._buffers, self._pool),
+                _ways(kind, buffers, self._pool),
                 budget_s=budget_s,
                 device=self.device,
                 min_rounds=3,
                 warmup=1,
             )
-        traffic = STREAMS[kind] * self._buffers.nbytes * 1e-9
+        traffic = STREAMS[kind] * buffers.nbytes * 1e-9
         rates = {
             way: timing.Summary.of([traffic / s for s in seconds])
             for way, seconds in found.seconds.items()
@@ -238,10 +240,10 @@ class Roofline:
         They read the memory of these two dense tensors: how fast that is depends on the pages that
         a tensor happened to get, by some ten percent.
         """
-        if self._buffers.nbytes < x.nbytes:
-            self._buffers = Buffers.of(x.nbytes, self.device)
+        if self._written.nbytes < x.nbytes:
+            self._written = Buffers.of(x.nbytes, self.device).y
         read, also = memory_of(x), memory_of(z)
-        part = Buffers(self._buffers.y[: read.numel()], read, also)
+        part = Buffers(self._written[: read.numel()], read, also)
         calls = [
             _ways(kind, part, self._pool)[self.measured[kind].way]
             for kind in PASSES[direction, residual]
@@ -275,4 +277,4 @@ class Roofline:
         """Give the memory and the threads back."""
         if self._pool is not None:
             self._pool.shutdown()
-        self._buffers = Buffers(*(torch.empty(0) for _ in range(3)))
+        self._written = torch.empty(0)

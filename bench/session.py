@@ -71,8 +71,8 @@ class Session:
     threads: tuple[int, ...]
     deadline: Deadline
     progress: Progress
-    seconds: float = 0.25
-    model_seconds: float = 3.0
+    seconds: float = 0.2
+    model_seconds: float = 2.0
     large_seconds: float = 1.2
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     failed: list[str] = field(default_factory=list)

@@ -281,7 +281,7 @@ def run(
     images, labels = load_images(batch)
     images, labels = images.to(session.device), labels.to(session.device) % CLASSES
     for name in names:
-        with session.step(f"checking {name}") as in_time, threads(session.threads[0]):
+        with session.step(f"checking {name}") as in_time, threads(session.threads[-1]):
             if not in_time:
                 continue
             twins = Twins.create(name, images)

@@ -81,15 +81,11 @@ def saved_activations(model: nn.Module, images: Tensor, labels: Tensor, dtype: s
     return saved_bytes(forward, there)
 
 
-def create_pair(name: str, device: torch.device, **options: bool) -> dict[str, nn.Module]:
-    """The stock and the resops model with the same weights, channels-last.
-
-    Args:
-        options: of the resops model.
-    """
+def create_pair(name: str, device: torch.device) -> dict[str, nn.Module]:
+    """The stock and the resops model with the same weights, channels-last."""
     torch.manual_seed(0)
     stock = create_stock_model(name, CLASSES)
-    ours = resops.models.create_model(name, num_classes=CLASSES, **options)
+    ours = resops.models.create_model(name, num_classes=CLASSES)
     ours.load_state_dict(stock.state_dict(), strict=True)
     pair = {EAGER: stock, RESOPS: ours}
     return {name: channels_last(model, device) for name, model in pair.items()}
@@ -127,7 +123,8 @@ def run(
                 kept = {k: saved_activations(m, images, labels, dtype) for k, m in models.items()}
                 session.add_saved("models", name, **kept, dtype=dtype, batch=batch)
                 for option in BLOCK_OPTIONS:
-                    blocks = create_pair(name, session.device, **{option: True})[RESOPS]
+                    blocks = resops.models.create_model(name, num_classes=CLASSES, **{option: True})
+                    blocks = channels_last(blocks, session.device)
                     kept[RESOPS] = saved_activations(blocks, images, labels, dtype)
                     case = f"{name}, {option}"
                     session.add_saved("models", case, **kept, dtype=dtype, batch=batch)
