@@ -89,13 +89,13 @@ def relu_and_its_mask() -> None:
 
 
 def compiled(op: str) -> None:
-    """Two steps as one graph, of a bottleneck through Inductor; running statistics go on from step
-    to step."""
+    """Three steps as one graph, of a bottleneck through Inductor; running statistics go on from
+    step to step."""
     args = tiny_block(op, projection=op == "bottleneck")
     copied = fresh(args)
     backend = "inductor" if op == "bottleneck" else "aot_eager"
     function = torch.compile(OPS[op], fullgraph=True, backend=backend)
-    for _ in range(2):
+    for _ in range(3):
         with fused_by_triton() as calls:
             mine = results(function, args, activation="silu")
         assert calls == dict.fromkeys(PHASES, sum(a is not None for a in args[1:]))

@@ -26,7 +26,7 @@ from resops.reference import conv_bn_act as reference
 from tests.interpreter.kernels import guarded_memory, import_kernels
 from tests.interpreter.test_conv_bn_act import ACTIVATIONS, GEOMETRIES, NAMES
 from tests.ops.conv_phases_oracle import ConvCase, random_case
-from tests.tensors import Guarded, guarded, in_layout
+from tests.tensors import Guarded, guarded, in_layout, lazy_zeros
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAST = torch.channels_last
@@ -155,6 +155,24 @@ def every_layout() -> None:
         )
         for m in memory:
             m.assert_untouched()
+
+
+def offsets_beyond_2_31() -> None:
+    """Pixels 2^30 elements apart, read where they are: gigabytes of addresses, a few pages."""
+    step = 2**30 + 16
+
+    def far(t: Tensor) -> Tensor:
+        memory = lazy_zeros(2 * step + t.size(1), t.dtype)
+        view = memory.as_strided(t.shape, (3 * step, 1, 3 * step, step)).copy_(t)
+        assert kernels._by_pixel(view)[0] is view
+        return view
+
+    near = random_case((1, 4, 1, 3), 5, (1, 3), torch.float16, prologue="relu", padding=(0, 1))
+    case = replace(near, inputs=[far(near.x)], grad_y=far(near.grad_y))
+    with tiles.forced(tiles.Tile(16, 16, 16, 4, 2)):
+        ours, expected = case.run(kernels), near.run(kernels)
+    for name, t in ours.items():
+        assert torch.equal(t, expected[name]), name
 
 
 def one_pixel_in_either_layout() -> None:
@@ -365,6 +383,7 @@ CALLS |= {
         slices,
         parts_of_wider_tensors,
         every_layout,
+        offsets_beyond_2_31,
         one_pixel_in_either_layout,
         large_means,
         many_tiles,

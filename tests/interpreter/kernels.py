@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,6 +37,7 @@ def import_kernels(op: str) -> Any:
         sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[spec.name])
     if os.environ.get("TRITON_INTERPRET") == "1":
+        torch.set_num_threads(1)  # for tensors of a few hundred elements
         _prepare_the_language_once()
     return importlib.import_module(f"resops.triton_kernels.{op}")
 
@@ -45,7 +47,8 @@ def _prepare_the_language_once() -> None:
     """Triton's interpreter puts its own functions in the place of those of triton.language at every
     launch, and again at every call from one function of a kernel to another, each time with a list
     of all that is in the module. The list is always the same, and a function needs what its launch
-    did not do at its first call only. The rest was three tenths of the time of these tests."""
+    did not do at its first call only. The rest was three tenths of the time of these tests. After
+    a launch it copies all arguments to where they came from, which here is where they are."""
     language = importlib.import_module("triton.language")
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
 
@@ -66,11 +69,37 @@ def _prepare_the_language_once() -> None:
         prepare(function.fn)
         return function.rewrite()(*args, **kwargs)
 
+    interpreter.GridExecutor._restore_args_dev = lambda *_: None
     interpreter._patch_builtin = patch
     interpreter.InterpretedFunction.__call__ = call
     core = language.core
     for place in (language, core, language.math, core.tensor, core.tensor_descriptor_base):
         builtins(place)  # now, while they are what they were
+
+
+@contextmanager
+def one_program_only(first: bool = False) -> Iterator[None]:
+    """Of every launch inside, only the last program along the first axis runs, or the first: enough
+    to see which offsets it computes, of tensors that would take the interpreter hours."""
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    executor, builder = interpreter.GridExecutor, interpreter.interpreter_builder
+    launch, place = executor.__call__, builder.set_grid_idx
+
+    def launch_one(self: Any, *args: Any, **kwargs: Any) -> None:
+        count, *others = self.grid
+        self.grid = (1, *others)
+
+        def place_it(_: int, y: int, z: int) -> None:
+            builder.set_grid_dim(count, *others, *[1] * (2 - len(others)))
+            place(0 if first else count - 1, y, z)
+
+        builder.set_grid_idx = place_it
+        launch(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "__call__", launch_one)
+        patch.setattr(builder, "set_grid_idx", place)
+        yield
 
 
 class _Guards(TorchDispatchMode):

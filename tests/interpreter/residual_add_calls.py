@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from resops.reference import residual_add as reference
-from tests.interpreter.kernels import guarded_memory, import_kernels
+from tests.interpreter.kernels import guarded_memory, import_kernels, one_program_only
 from tests.interpreter.test_residual_add import ACTIVATIONS, NAMES, WEIGHTINGS_IN_RULE_R
 from tests.ops.residual_add_oracle import (
     WEIGHTINGS,
@@ -30,7 +30,7 @@ from tests.ops.residual_add_oracle import (
     random_case,
     run_ops,
 )
-from tests.tensors import in_layout
+from tests.tensors import in_layout, lazy_zeros
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,6 +76,19 @@ def exact_sums() -> None:
             ours, defined = run_ops(case, kernels), run_ops(case, reference)
             for name, t in ours.items():
                 assert torch.equal(t, defined[name]), (name, length, weighting)
+
+
+def offsets_beyond_2_31() -> None:
+    """The end of a tensor of more elements: gigabytes of addresses, a few pages."""
+    x = lazy_zeros(2**31 + 4096, torch.float16).view(2, -1)
+    x[-1, -8:] = torch.randn(8)
+    with one_program_only():
+        constants = (None, None, 1.0, -2.0, False)
+        y, mask = kernels.residual_add_forward(x, x, *constants, "relu", 0.0)
+        needed = [True, False, False, False]
+        grads = kernels.residual_add_backward(x, None, None, *constants, mask, "relu", 0.0, needed)
+    assert torch.equal(y[-1, -8:], (-x[-1, -8:]).relu())
+    assert torch.equal(grads[0][-1, -8:], torch.where(x[-1, -8:] < 0, x[-1, -8:], 0))
 
 
 def same_bits_every_time() -> None:
@@ -160,6 +173,7 @@ CALLS |= {
     call.__name__: call
     for call in (
         exact_sums,
+        offsets_beyond_2_31,
         same_bits_every_time,
         nan_and_zero,
         empty_and_one,

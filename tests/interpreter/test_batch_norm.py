@@ -12,6 +12,7 @@ NAMES = [
     *(f"rule_R-{a}-{layout}" for a in ACTIVATIONS for layout in ("contiguous", "channels_last")),
     "phases",
     "every_layout",
+    "offsets_beyond_2_31",
     "parameters",
     "exact_data",
     "constant_channels",

@@ -30,6 +30,7 @@ NAMES = [
     "slices",
     "parts_of_wider_tensors",
     "every_layout",
+    "offsets_beyond_2_31",
     "one_pixel_in_either_layout",
     "large_means",
     "many_tiles",

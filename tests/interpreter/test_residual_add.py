@@ -17,6 +17,7 @@ NAMES = [
     *(f"rule_R-{w}-{a}" for w in WEIGHTINGS_IN_RULE_R for a in ACTIVATIONS),
     "rule_R-gate_complement-relu",
     "exact_sums",
+    "offsets_beyond_2_31",
     "same_bits_every_time",
     "nan_and_zero",
     "empty_and_one",
