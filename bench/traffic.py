@@ -65,11 +65,21 @@ def _gradient(args: Any, result: Any) -> int:
     return _nbytes(result) + sum(result.numel() * t.element_size() for t in read)
 
 
-# Of a buffer these operators read and write some channels only.
+def _update_running(args: Any, result: Any) -> int:
+    mean, var, _, *running, _ = args
+    return _nbytes(mean) + _nbytes(var) + 2 * sum(_nbytes(t) for ts in running for t in ts)
+
+
+# Of a buffer these operators read and write some channels only; of lists they return nothing.
 _OF_A_BUFFER: dict[str, Callable[[Any, Any], int]] = {
     f"{namespace}::dense_block_{phase}": count
     for namespace in ("resops", "resops_triton")
-    for phase, count in (("apply", _apply), ("accumulate", _accumulate), ("gradient", _gradient))
+    for phase, count in (
+        ("apply", _apply),
+        ("accumulate", _accumulate),
+        ("gradient", _gradient),
+        ("update_running", _update_running),
+    )
 }
 
 

@@ -26,7 +26,11 @@ def test_consumers_of_a_buffer(native: None) -> None:
     def call() -> None:
         dense_block(*args).backward(torch.ones(2, 14, 3, 5))
 
-    bytes_of = {name: n / pixel for name, n in count(call).items() if "dense_block" in name}
+    counted = count(call)
+    # Mean and variance, and the running ones of both consumers, there and back.
+    update = "resops::dense_block_update_running"
+    assert counted.pop(update) == 4 * (2 * 10 + 2 * 2 * (6 + 10))
+    bytes_of = {name: n / pixel for name, n in counted.items() if "dense_block" in name}
     assert bytes_of == {
         "resops::dense_block_apply": 2 * 2 * (6 + 10),  # both consumers, there and back
         "resops::dense_block_accumulate": (2 + 1) * 10 + (2 + 2) * 6,

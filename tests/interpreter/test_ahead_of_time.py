@@ -7,6 +7,7 @@ and shared memory are printed (pytest -rP). sm_90 by default, the others with -m
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ SHARED_MEMORY = 48 * 1024
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    # Launches are recorded, not done: the tensors of a call may be where they could not run.
+    launch = importlib.import_module("resops.triton_kernels.launch")
+    monkeypatch.setattr(launch, "DEVICES", {"cpu"})
 
 
 def batch_norm_call(
@@ -161,7 +165,8 @@ def test_compiles_without_spills(label: str, capability: int) -> None:
     for result in compiled(label, capability):
         assert result.stack == 0, str(result)
         assert result.shared <= SHARED_MEMORY, str(result)
-        lean = CASES[label][1] and "gelu" not in label
+        # gelu and a sum in float32 beside 16 bits leave room for three programs.
+        lean = CASES[label][1] and not any(word in label for word in ("gelu", "sum fp32"))
         assert result.registers <= (FOUR_PROGRAMS if lean else THREE_PROGRAMS), str(result)
         if CASES[label][1] and result.launch.name in STREAMS:
             assert result.widest("ld") == 16, str(result)
