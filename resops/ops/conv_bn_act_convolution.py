@@ -40,9 +40,17 @@ class ConvolutionFunction(torch.autograd.Function):
         padding: tuple[int, ...],
         *more: Tensor,
     ) -> Tensor:
-        y: Tensor = torch.ops.resops.conv_bn_act_forward(
-            [x, *more], *_PLAIN, weight, bias, None, "identity", 0.0, stride, padding, (1, 1), False
-        )[0]
+        slices = [x, *more]
+        settings = (None, "identity", 0.0, stride, padding, (1, 1), False)
+        if torch.compiler.is_compiling():
+            y: Tensor = torch.ops.resops.conv_bn_act_forward(
+                slices, *_PLAIN, weight, bias, *settings
+            )[0]
+            return y
+        # A result that is made as a view of another could not be overwritten, as an activation in
+        # place does: here views are not recorded.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            y = torch.ops.resops.conv_bn_act_forward(slices, *_PLAIN, weight, bias, *settings)[0]
         return y
 
     @staticmethod

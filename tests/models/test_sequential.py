@@ -5,6 +5,7 @@ two of them would take a gigabyte."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -169,3 +170,23 @@ def test_reference_backend_takes_them() -> None:
     x = torch.randn(1, 2, 16, 16)
     with resops.backend("reference"), torch.no_grad():
         assert len(narrow_vgg(batch_norm=True)(x)) == 3
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_activation_in_place_follows_a_convolution_of_ours(batch: int) -> None:
+    """A training step in channels-last float32, in which our kernels compute 3x3 convolutions."""
+    torch.manual_seed(0)
+    model = VGG((2, 1), 5, 16, widths=(32, 16), features_only=True)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    twin = copy.deepcopy(model)
+    x = torch.randn(batch, 16, 16, 16).contiguous(memory_format=torch.channels_last)
+    with counted_calls() as calls:
+        model(x)
+    assert calls["conv_bn_act_forward"] == 3
+    y = model(x)[-1]  # the counter changes which tensors are views
+    with resops.backend("reference"):
+        expected = twin(x)[-1]
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for a, b in ((model, y), (twin, expected)):
+        b.sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in a.parameters())
