@@ -235,7 +235,8 @@ def conv_bn_act(
     for, the batch norm is folded into the convolution's weights (docs/math/conv_bn_act.md).
 
     Args:
-        input: (N, C_in, *spatial) with 1 to 3 spatial dimensions.
+        input: (N, C_in, *spatial) with 1 to 3 spatial dimensions, or one image (C_in, *spatial),
+            as ``F.conv2d`` takes it: a batch of one.
         conv_weight: (C, C_in / groups, *kernel).
         conv_bias: (C,) or None.
         running_mean, running_var, weight, bias, training, momentum, eps: as in
@@ -246,7 +247,8 @@ def conv_bn_act(
         negative_slope: of leaky_relu.
 
     Returns:
-        (N, C, *spatial), in the memory format that the convolution returns.
+        (N, C, *spatial), in the memory format that the convolution returns; (C, *spatial) for one
+        image.
 
     Raises:
         ValueError: a conv_weight without 1 to 3 kernel dimensions; an unknown activation; what

@@ -298,3 +298,69 @@ def test_sources_are_globbed() -> None:
     text = (ROOT / "CMakeLists.txt").read_text() + (ROOT / "setup.py").read_text()
     for op in OPS:
         assert not re.search(rf"\b{op}(_kernels)?\.(cpp|cu|py)\b", text), op
+
+
+# ---- launches -----------------------------------------------------------------------------------
+
+
+def test_bindings_set_the_device() -> None:
+    """Tensors need not be on the current GPU. A launch needs a stream, and a binding has one only
+    from a DeviceCall, which makes the tensors' device the current one for as long as it lives."""
+    folder = ROOT / "csrc/cuda/bindings"
+    having = [path.name for path in folder.iterdir() if "getStream" in path.read_text()]
+    assert having == ["device_call.h"]
+    text = (folder / "device_call.h").read_text()
+    assert "explicit DeviceCall(const at::Tensor& x) : guard_(x.device())" in text
+    assert re.search(r"private:\s+c10::DeviceGuard guard_;", text)
+
+
+def launches_without_device(path: Path) -> set[str]:
+    """Public functions that launch a Triton kernel outside of ``with device_of(...)``, themselves
+    or through private ones of the module."""
+    launching: set[str] = set()
+    calls: list[tuple[str, str]] = []  # outside of device_of: the caller and what it calls
+
+    def visit(node: ast.AST, function: str) -> None:
+        if isinstance(node, ast.With) and any(
+            ast.unparse(item.context_expr).startswith("device_of(") for item in node.items
+        ):
+            return
+        if isinstance(node, ast.FunctionDef):
+            function = node.name
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Subscript):
+                if ast.unparse(node.func.value).endswith("_kernel"):
+                    launching.add(function)
+            else:
+                calls.append((function, ast.unparse(node.func)))
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+
+    visit(ast.parse(path.read_text()), "")
+    before = -1
+    while before < len(launching):
+        before = len(launching)
+        launching |= {caller for caller, callee in calls if callee in launching}
+    return {name for name in launching if not name.startswith("_")}
+
+
+LAUNCHERS = [
+    path for path in (ROOT / "triton_kernels").glob("*.py") if "_kernel[" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.stem)
+def test_triton_launches_on_the_device_of_the_tensors(launcher: Path) -> None:
+    assert not launches_without_device(launcher)
+
+
+def test_launches_without_device_are_seen(tmp_path: Path) -> None:
+    """The check itself."""
+    assert {path.stem for path in LAUNCHERS} >= {"batch_norm", "residual_add", "conv_bn_act"}
+    path = tmp_path / "op.py"
+    path.write_text(
+        "def _merge():\n    merge_kernel[(1,)]()\n"
+        "def good(x):\n    with device_of(x):\n        good_kernel[(1,)]()\n        _merge()\n"
+        "def bad(x):\n    _merge()\n"
+    )
+    assert launches_without_device(path) == {"bad"}

@@ -103,13 +103,18 @@ def check_activation(activation: str) -> None:
         )
 
 
-def check_like(name: str, t: Tensor, x: Tensor) -> None:
-    """Raise unless ``t`` has the size, dtype and device of the input ``x``."""
+def check_device(name: str, t: Tensor, x: Tensor) -> None:
+    """Raise unless ``t`` is on the device of the input ``x``."""
     if t.device != x.device:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but input is on {x.device} and "
             f"{name} is on {t.device}"
         )
+
+
+def check_like(name: str, t: Tensor, x: Tensor) -> None:
+    """Raise unless ``t`` has the size, dtype and device of the input ``x``."""
+    check_device(name, t, x)
     if t.shape != x.shape:
         raise RuntimeError(
             f"{name} should have the size {list(x.shape)} of the input, but got {list(t.shape)}"
@@ -125,11 +130,7 @@ def _check_pair(name1: str, t1: Tensor | None, name2: str, t2: Tensor | None, x:
         if t is None:
             continue
         check_tensor("batch_norm", name, t)
-        if t.device != x.device:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but input is on {x.device} and "
-                f"{name} is on {t.device}"
-            )
+        check_device(name, t, x)
         if t.numel() != channels:
             raise RuntimeError(f"{name} should contain {channels} elements not {t.numel()}")
         if t.dim() != 1:
@@ -403,11 +404,7 @@ def _check_backward(
                 "mask should be given for relu and leaky_relu with a residual: it has the signs"
             )
         return
-    if mask.device != x.device:
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but input is on {x.device} and "
-            f"mask is on {mask.device}"
-        )
+    check_device("mask", mask, x)
     size = mask_size(empty_output(x))
     if activation not in MASKED_ACTIVATIONS:
         raise RuntimeError("mask should be empty for an activation without one")

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _magnitude, _native, _precision
-from .._autograd import PLAIN_TENSORS
+from .._autograd import PLAIN_TENSORS, traced_to_aten
 from ..reference import conv_bn_act as reference
 from ..reference.activation import activate
 from ..reference.conv_bn_act import Size
 from ..reference.conv_bn_act import convolution as library_convolution
 from ..reference.layout import is_channels_last_only
-from .batch_norm import batch_norm, check_activation
+from .batch_norm import batch_norm, check_activation, check_tensor
 from .conv_bn_act_convolution import convolution, convolution_of_slices
 from .conv_bn_act_gpu import Path, folded_convolution, path
 from .conv_bn_act_phases import output_size, paddings_of, size_tuple
@@ -299,7 +299,7 @@ def situation(x: Tensor, residual: Tensor | None) -> Situation | None:
     """
     if type(x) not in PLAIN_TENSORS:
         return None
-    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+    if traced_to_aten():
         return None
     backend = _dispatch.get_backend()
     if backend != "auto" and (
@@ -444,6 +444,23 @@ def conv_bn_act(
     if activation is None:
         activation = "identity"
     check_activation(activation)
+    check_tensor("conv_bn_act", "input", x)
+    check_tensor("conv_bn_act", "conv_weight", conv_weight)
+    for name, t in (
+        ("conv_bias", conv_bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+        ("residual", residual),
+    ):
+        if t is not None:
+            check_tensor("conv_bn_act", name, t)
+    unbatched = x.dim() == conv_weight.dim() - 1
+    if unbatched:  # as F.conv2d takes it; to a batch norm its channels would be the batch
+        x = x.unsqueeze(0)
+        residual = None if residual is None else residual.unsqueeze(0)
+    y: Tensor | None = None
     if not training and not torch.compiler.is_compiling():
         sources = (conv_weight, conv_bias, running_mean, running_var, weight, bias)
         at = None if wants_gradient(x, residual, *sources) else situation(x, residual)
@@ -453,17 +470,19 @@ def conv_bn_act(
         if at is not None and (at.device.type == "cpu" or by_name):
             folded = fold(at, *sources, eps, stride, padding, dilation, groups)
             if folded is not None and folded.takes(x, residual):
-                return folded(x, residual, activation, negative_slope)
-    return batch_norm(
-        convolution(x, conv_weight, conv_bias, stride, padding, dilation, groups),
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        residual=residual,
-        activation=activation,
-        negative_slope=negative_slope,
-    )
+                y = folded(x, residual, activation, negative_slope)
+    if y is None:
+        y = batch_norm(
+            convolution(x, conv_weight, conv_bias, stride, padding, dilation, groups),
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual=residual,
+            activation=activation,
+            negative_slope=negative_slope,
+        )
+    return y.squeeze(0) if unbatched else y

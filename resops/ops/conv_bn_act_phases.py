@@ -20,6 +20,7 @@ from .. import _native, _triton
 from ..reference import conv_bn_act as reference
 from ..reference.conv_bn_act import Size
 from ..reference.layout import empty_channels_last
+from .batch_norm import check_device
 
 
 def size_tuple(size: Size, n: int) -> tuple[int, ...]:
@@ -59,6 +60,14 @@ def _per_channel(like: Tensor, channels: int, wanted: bool) -> tuple[Tensor, Ten
     return like.new_empty(size, dtype=dtype), like.new_empty(size, dtype=dtype)
 
 
+def _check_devices(like: Tensor, **tensors: Tensor | None) -> None:
+    """Raise unless all are on one device: a call that mixes a meta tensor with others
+    comes to the fake kernel, not to the checks of the compiled op."""
+    for name, t in tensors.items():
+        if t is not None:
+            check_device(name, t, like)
+
+
 def fake_forward(
     inputs: list[Tensor],
     scale: Tensor | None,
@@ -76,6 +85,9 @@ def fake_forward(
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = inputs[0]
+    slices = {f"inputs[{i}]": t for i, t in enumerate(inputs)}
+    vectors = {"scale": scale, "shift": shift, "conv_bias": conv_bias}
+    _check_devices(x, **slices, **vectors, conv_weight=conv_weight, residual=residual)
     size = output_size(list(x.shape), list(conv_weight.shape), stride, padding, dilation)
     return empty_channels_last(x, size), *_per_channel(x, size[1], statistics)
 
@@ -96,6 +108,8 @@ def fake_backward_data(
     padding: list[int],
     dilation: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    vectors = {"scale": scale, "shift": shift, "mean": mean, "invstd": invstd}
+    _check_devices(grad_y, **vectors, conv_weight=conv_weight, x=x, addend=addend)
     g = empty_channels_last(grad_y, input_size)
     return g, *_per_channel(grad_y, input_size[1], mean is not None)
 
@@ -112,6 +126,8 @@ def fake_backward_weight(
     padding: list[int],
     dilation: list[int],
 ) -> Tensor:
+    slices = {f"inputs[{i}]": t for i, t in enumerate(inputs)}
+    _check_devices(grad_y, **slices, scale=scale, shift=shift)
     return empty_channels_last(grad_y, weight_size)
 
 
@@ -125,6 +141,9 @@ def fake_folded(
     negative_slope: float,
     padding: list[int],
 ) -> Tensor:
+    _check_devices(
+        x, conv_weight=conv_weight, at_points=at_points, conv_bias=conv_bias, residual=residual
+    )
     size = output_size(list(x.shape), list(conv_weight.shape), [1, 1], padding, [1, 1])
     return empty_channels_last(x, size)
 

@@ -213,6 +213,15 @@ def test_number_of_dimensions_is_checked(layer: str, dims: int) -> None:
             ours(x)
 
 
+@pytest.mark.parametrize("eps", [0.0, -1.0])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_error_inputs_of_torch(layer: str, eps: float) -> None:
+    """I: those of torch's ModuleInfo: eps that is not positive, in training."""
+    for module in pair(layer, eps=eps)[:2]:
+        with pytest.raises(ValueError, match="eps must be positive"):
+            module(torch.ones(LAYERS[layer][2], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("act", [nn.ReLU, nn.PReLU])
 def test_wrong_residual(act: type[nn.Module]) -> None:
     layer, _, x = pair(act_layer=act)

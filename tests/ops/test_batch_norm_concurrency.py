@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from resops.functional import batch_norm_act, residual_add
 from resops.nn import BatchNormAct2d
 from tests.ops.batch_norm_oracle import Outputs, bits, random_case, run_ops
 from tests.tensors import in_layout
@@ -99,10 +100,17 @@ def test_several_threads_one_module() -> None:
     assert layer.num_batches_tracked > 0 and layer.running_mean.isfinite().all()
 
 
-def test_gil_is_released() -> None:
-    """G: another Python thread runs while a kernel does."""
-    case = random_case(torch.randn(64, 64, 56, 56), grad=False)
-    run_ops(case)
+@pytest.mark.parametrize("what", ["batch_norm_statistics", "batch_norm_act", "residual_add"])
+def test_gil_is_released(what: str) -> None:
+    """G: another Python thread runs while a kernel does: the op's, and those of the public
+    functions, which do not go through torch.ops."""
+    x = torch.randn(64, 64, 56, 56)
+    call: Callable[[], Any] = {
+        "batch_norm_statistics": lambda: torch.ops.resops.batch_norm_statistics(x),
+        "batch_norm_act": lambda: batch_norm_act(x, None, None, training=True),
+        "residual_add": lambda: residual_add(x, x, activation="relu"),
+    }[what]
+    call()
     ticks = 0
     stop = threading.Event()
 
@@ -120,8 +128,8 @@ def test_gil_is_released() -> None:
         while ticks == 0:
             time.sleep(0.001)
         before = ticks
-        for _ in range(20):
-            torch.ops.resops.batch_norm_statistics(case.x)
+        for _ in range(10):
+            call()
         during = ticks - before
     finally:
         stop.set()

@@ -240,6 +240,19 @@ def test_compile_dynamic_shapes(act_layer: Any, fresh_dynamo: None) -> None:
     compare_training("aot_eager", True, act_layer, [5, 3, 8])
 
 
+def test_compile_cumulative_average(fresh_dynamo: None) -> None:
+    """B: momentum=None compiled, two batches of different size: the plain mean of the batches'
+    statistics. The counter is read, so this is more than one graph, as with torch's layer."""
+    layer: Any = BatchNormAct2d(3, momentum=None)
+    run = torch.compile(layer, backend="aot_eager")
+    batches = [torch.randn(8, 3, 4, 4) + 5, torch.randn(2, 3, 4, 4) * 3 - 5]
+    for x in batches:
+        run(x)
+    for name, statistic in (("running_mean", Tensor.mean), ("running_var", Tensor.var)):
+        expected = torch.stack([statistic(x.double(), (0, 2, 3)) for x in batches]).mean(0)
+        torch.testing.assert_close(layer.get_buffer(name), expected.float())
+
+
 def test_compile_runs_the_native_op(fresh_dynamo: None) -> None:
     """F: the compiled graph contains the fused op, once a call, and no decomposition of it."""
     graphs: list[str] = []

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -366,24 +367,61 @@ def test_without_onednn() -> None:
 CONV2D = next(op for op in op_db if op.name == "nn.functional.conv2d")
 
 
-def test_samples_of_torch() -> None:
-    """Every convolution that torch tests itself with."""
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@torch.no_grad()
+def test_samples_of_torch(dtype: torch.dtype) -> None:
+    """J: every convolution that torch tests itself with, by rule R; one image without a batch is a
+    batch of one."""
     count = 0
-    for sample in CONV2D.sample_inputs("cpu", torch.float64, requires_grad=False):
+    for sample in CONV2D.sample_inputs("cpu", dtype, requires_grad=False):
         x, (weight, *rest) = sample.input, sample.args
-        if x.dim() != 4:
-            continue  # batch norm has no unbatched form
         names = ("bias", "stride", "padding", "dilation", "groups")
         call = {**dict(zip(names, rest, strict=False)), **sample.kwargs}
         conv_bias = call.pop("bias", None)
         channels = weight.size(0)
-        statistics = torch.randn(channels), torch.rand(channels) + 0.5
-        args = [x, weight, conv_bias, *(t.double() for t in statistics), None, None]
-        with torch.no_grad():
-            y = conv_bn_act(*args, **call)
-        torch.testing.assert_close(y, composition(args, call), rtol=1e-11, atol=1e-11)
+        statistics = torch.randn(channels).to(dtype), (torch.rand(channels) + 0.5).to(dtype)
+        args = [x, weight, conv_bias, *statistics, None, None]
+        y = conv_bn_act(*args, **call)
+        if x.dim() == 3:
+            args[0], y = x.unsqueeze(0), y.unsqueeze(0)
+        expected = composition(args, call)
+        assert y.dtype == dtype
+        assert_rule_R("y", y, expected, exact(args, call), dtype)
         count += 1
-    assert count > 10
+    assert count >= 30  # in torch 2.13
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("geometry", ["1d", "groups", "3d"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_one_image_without_a_batch(training: bool, geometry: str, backend: str) -> None:
+    """J: as F.conv2d takes it. Its channels are not the batch of the norm, also where there are as
+    many rows as channels."""
+    args, kwargs = case(geometry, torch.float64, "contiguous", with_residual=True)
+    x, residual = args[0][:1], kwargs["residual"][:1]
+    kwargs["residual"] = residual
+    batch = [x, *(None if t is None else t.clone() for t in args[1:])]
+    expected = composition(batch, kwargs, training)
+    leaves = [x[0].clone().requires_grad_(training), residual[0].clone().requires_grad_(training)]
+    image = [leaves[0], *args[1:]]
+    with resops.backend(backend):
+        y = conv_bn_act(*image, **{**kwargs, "residual": leaves[1]}, training=training)
+    torch.testing.assert_close(y, expected[0])
+    for ours, theirs in zip(image[3:5], batch[3:5], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    if training:
+        grads = torch.autograd.grad(y.sum(), leaves)
+        assert [g.shape for g in grads] == [t.shape for t in leaves]
+
+
+def test_rows_are_not_taken_for_channels() -> None:
+    """J: one image whose output has as many rows as channels."""
+    x, weight = torch.randn(4, 6, 6), torch.randn(4, 1, 3, 3)
+    statistics = torch.randn(4), torch.rand(4) + 0.5
+    y = conv_bn_act(x, weight, None, *statistics, groups=4)
+    expected = F.relu(F.batch_norm(F.conv2d(x[None], weight, groups=4), *statistics))
+    torch.testing.assert_close(y, expected[0])
 
 
 @pytest.mark.parametrize(
@@ -391,7 +429,7 @@ def test_samples_of_torch() -> None:
 )
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "folded"])
 def test_error_inputs_of_torch(sample: Any, grad: bool) -> None:
-    """torch's own wording, folded or not."""
+    """I: torch's own wording, folded or not."""
     x, (weight, *rest) = sample.sample_input.input, sample.sample_input.args
     names = ("bias", "stride", "padding", "dilation", "groups")
     call = {**dict(zip(names, rest, strict=False)), **sample.sample_input.kwargs}
@@ -400,11 +438,10 @@ def test_error_inputs_of_torch(sample: Any, grad: bool) -> None:
     statistics = torch.zeros(channels), torch.ones(channels)
     with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, ValueError, TypeError)) as info:
         conv_bn_act(x, weight, conv_bias, *statistics, **call)
-    if weight.dim() in (3, 4, 5):
-        with pytest.raises(sample.error_type) as expected:
-            CONV2D(x, weight, conv_bias, **call)
-        if weight.dim() == 4:
-            assert str(info.value) == str(expected.value)
+    with pytest.raises(sample.error_type, match=sample.error_regex) as expected:
+        CONV2D(x, weight, conv_bias, **call)
+    if weight.dim() == 4:  # of one dimension less it is a conv1d's
+        assert str(info.value) == str(expected.value)
 
 
 def changed(**changes: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -439,6 +476,24 @@ def changed(**changes: Any) -> tuple[list[Any], dict[str, Any]]:
         ({"padding": "sane"}, RuntimeError, "padding"),
         ({"groups": 0}, RuntimeError, "non-positive groups"),
         ({"groups": 5}, RuntimeError, "groups"),
+        ({"x": torch.ones(2, 15, 9, 8)}, RuntimeError, "to have 16 channels, but got 15 channels"),
+        ({"x": torch.ones(2, 16, 9, 0)}, RuntimeError, "Kernel size can't be greater"),
+        ({"x": torch.ones(16)}, RuntimeError, "got input of size: \\[16\\]"),
+        ({"x": torch.ones(2, 16, 9, 8).bfloat16()}, RuntimeError, "should be the same"),
+        (
+            {"x": torch.ones(2, 16, 9, 8).int()},
+            RuntimeError,
+            "expected scalar type Int|should be the same",
+        ),
+        ({"x": torch.ones(2, 16, 9, 8, device="meta")}, RuntimeError, "device"),
+        ({"x": torch.ones(2, 16, 9, 8).numpy()}, TypeError, "'input' must be Tensor, not ndarray"),
+        ({"conv_weight": torch.ones(24, 16, 3, 3).double()}, RuntimeError, "should be the same"),
+        ({"conv_weight": torch.ones(24, 16, 30, 3)}, RuntimeError, "Kernel size can't be greater"),
+        ({"conv_weight": None}, TypeError, "'conv_weight' must be Tensor, not NoneType"),
+        ({"residual": 1.0}, TypeError, "'residual' must be Tensor, not float"),
+        ({"running_mean": [0.0] * 24}, TypeError, "'running_mean' must be Tensor, not list"),
+        ({"momentum": math.nan, "training": True}, ValueError, "momentum must be a number"),
+        ({"eps": math.nan}, ValueError, "eps must be non-negative"),
     ],
     ids=str,
 )
@@ -448,7 +503,7 @@ def test_wrong_arguments(
 ) -> None:
     args, kwargs = changed(**changes)
     if grad:
-        args[0].requires_grad_()
+        args[6].requires_grad_()
     with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
         conv_bn_act(*args, **kwargs)
 
@@ -458,6 +513,26 @@ def test_empty_batch() -> None:
     args, kwargs = case()
     args[0] = args[0][:0]
     assert conv_bn_act(*args, **kwargs).shape == (0, 24, 9, 8)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_forward_mode(training: bool, grad: bool) -> None:
+    """F: the tangent is not lost in what was folded; PyTorch's own ops compute."""
+    args, kwargs = case(with_residual=True)
+    kwargs["activation"] = "silu"
+    tangent = torch.randn_like(args[0])
+    results = []
+    for function in (
+        lambda x: conv_bn_act(x, *args[1:], **kwargs, training=training),
+        lambda x: composition([x, *args[1:]], kwargs, training),
+    ):
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            y = function(forward_ad.make_dual(args[0], tangent))
+            results.append(tuple(forward_ad.unpack_dual(y)))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is not None
+        torch.testing.assert_close(ours, theirs)
 
 
 @torch.no_grad()

@@ -179,6 +179,19 @@ def test_large_outputs_that_bypass_the_caches(shape: tuple[int, ...], dtype: tor
     assert torch.equal(grads[0], g) and torch.equal(grads[1], -2 * g)
 
 
+@pytest.mark.parametrize("which", ["x", "residual", "alpha", "grad_y"])
+def test_offset_beyond_int32(which: str) -> None:
+    """A: few elements, but stride * index > 2^31: gigabytes of addresses, of which little is
+    touched."""
+    shape, step = (3, 2, 5, 4), 2**30 + 12345
+    memory = lazy_zeros(2 * step + 1000, torch.bfloat16)
+    far = memory.as_strided(shape, (step, 3, 40, 7))
+    case = random_case(torch.randn(shape).bfloat16(), "gate", activation="relu")
+    far.copy_(getattr(case, which))
+    setattr(case, which, far)
+    case.check(run_native(case))
+
+
 @pytest.mark.slow
 def test_more_than_2_31_elements() -> None:
     """64-bit offsets: the gradient of a scalar sums zeros that only the last element is not in."""
