@@ -113,7 +113,7 @@ def _convolution(block: nn.Module, step: Step, path: str, x: Tensor) -> str:
     return _convolution_path(conv, x, activation, folded=path == FOLDED)
 
 
-def _convolution_path(conv: nn.Module, x: Tensor, activation: str, folded: bool) -> str:
+def _convolution_path(conv: Any, x: Tensor, activation: str, folded: bool) -> str:
     taken = conv_bn_act.path(
         x, conv.weight, groups=conv.groups, activation=activation, training=not folded
     )
