@@ -221,7 +221,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 
   const T* tensors[1 + kResidual] = {x};
   if constexpr (kResidual) tensors[1] = residual;
-  for_vectors<T, kVec, 1 + kResidual, false>(
+  // More of silu and gelu at a time would not fit the registers.
+  constexpr int kSteps = kIsSmooth<kAct> ? 4 : kUnroll<kVec, 1 + kResidual>;
+  for_vectors<T, kVec, 1 + kResidual, false, kSteps>(
       cursor, tensors, nullptr,
       [&](const Place& place, int count, float (&v)[1 + kResidual][kVec], unsigned, auto is_short) {
         float (&z)[kVec] = v[0];

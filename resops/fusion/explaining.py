@@ -118,7 +118,7 @@ def _convolution(block: nn.Module, step: Step, path: str, x: Tensor) -> str:
     return _convolution_path(conv, x, activation, folded=path == FOLDED)
 
 
-def _convolution_path(conv: nn.Module, x: Tensor, activation: str, folded: bool) -> str:
+def _convolution_path(conv: Any, x: Tensor, activation: str, folded: bool) -> str:
     if activation == "prelu":  # which runs after it
         activation = "identity"
     taken = conv_bn_act.path(
