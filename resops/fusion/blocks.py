@@ -170,7 +170,9 @@ class FusedBlock:
     def __setattr__(self, name: str, value: Any) -> None:
         # What the forward looked at when it was followed may be any attribute but the tensors,
         # which are read at every call.
-        if name not in _OWN and not isinstance(value, Tensor):
+        if name == "__class__" and _has_same_forward(value, type(self)):
+            pass  # FSDP2 makes a subclass of every module that it shards
+        elif name not in _OWN and not isinstance(value, Tensor):
             unknown = object()
             before = getattr(self, name, unknown)
             private = name.startswith("_") and before is unknown
@@ -246,6 +248,10 @@ def restore(block: Any, saved: tuple[dict[str, Any], tuple[Path, ...]]) -> None:
     found = blueprint(block, frozenset(layers.child(block, path) for path in norms))
     if found.matches:
         swap_class(block, fused_class(found))
+
+
+def _has_same_forward(a: type[nn.Module], b: type[nn.Module]) -> bool:
+    return issubclass(a, b) and a.forward is b.forward
 
 
 def _equal_settings(a: object, b: object) -> bool:

@@ -88,9 +88,7 @@ class _Listener:
             return
         name, block, steps = self.running[-1]
         steps.append(step)
-        reasons = [_why(path, x)]
-        if isinstance(step, Step):
-            reasons.append(_convolution(block, step, path, x))
+        reasons = (_why(path, x), _convolution(block, step, path, x))
         why = "; ".join(filter(None, reasons))
         self.paths.append(Path(join(name, *step.place), step.pattern, path, why))
 
@@ -106,9 +104,9 @@ def _why(path: str, x: Tensor) -> str:
     return "; ".join(reasons)
 
 
-def _convolution(block: nn.Module, step: Step, path: str, x: Tensor) -> str:
+def _convolution(block: nn.Module, step: AnyStep, path: str, x: Tensor) -> str:
     """What computes the convolution of a step on a GPU, and why; on a CPU ``path`` has it all."""
-    if step.conv is None or x.device.type == "cpu":
+    if not isinstance(step, Step) or step.conv is None or x.device.type == "cpu":
         return ""
     fused: tuple[str, Any] | None = (step.activation, step.negative_slope)
     if step.act is not None:

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import resops
 from resops.functional import batch_norm_act
+from tests.dispatch import counted_calls
 from tests.fusion.blocks import Residual, assert_near, assert_same_state, filled, small_net
 from tests.ops.batch_norm_oracle import ACTIVATIONS, BatchNormCase, Outputs, random_case
 
@@ -304,7 +305,10 @@ def check_fsdp2() -> None:
         fully_shard(block)
     fully_shard(fused)
     x = torch.randn(4, 4, 5, 5, dtype=torch.float64)
-    y, expected = fused(x), plain(x)
+    with counted_calls() as calls:
+        y = fused(x)
+    assert calls["batch_norm_forward"] == 4  # and not the original forward
+    expected = plain(x)
     assert_near(y, expected)
     assert isinstance(fused[0], FSDPModule) and isinstance(fused[0], Residual)
     y.square().sum().backward()

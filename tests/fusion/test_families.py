@@ -169,6 +169,7 @@ def smallest_with_norms(family: str) -> str | None:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(3600)  # the largest take minutes, and machines are shared
 def test_timm(family: str) -> None:
     """Split it with -k, by names of timm's files: -k "resnet or densenet"."""
     name = smallest_with_norms(family)

@@ -46,10 +46,10 @@ def process_group() -> Iterator[Any]:
         distributed.destroy_process_group()
 
 
-def pair() -> tuple[nn.Sequential, nn.Sequential]:
+def pair(layout: Any = torch.channels_last) -> tuple[nn.Sequential, nn.Sequential]:
     """A fused model and the same one that is not."""
     torch.manual_seed(0)
-    plain = filled(small_net()).to(DEVICE, memory_format=torch.channels_last)
+    plain = filled(small_net()).to(DEVICE, memory_format=layout)
     return resops.fuse(copy.deepcopy(plain)), plain
 
 
@@ -68,9 +68,12 @@ def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def assert_near(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """To what TF32, which both models' convolutions may use, leaves after a few layers."""
+    """To what TF32, which both models' convolutions may use, leaves after a few layers. Some
+    gradients are zero but for rounding: of a bias before a norm, which has no scale of its own."""
+    scale = max(float(b.abs().max()) for b in theirs if b.is_floating_point())
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max()))
+        own = float(b.abs().max()) if b.is_floating_point() else 0.0
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2 * own + 1e-4 * scale)
 
 
 def test_a_step_equals_the_plain_models() -> None:
@@ -136,7 +139,7 @@ def test_autocast_with_grad_scaler(dtype: torch.dtype) -> None:
         moved = dict(zip(dict(model.named_parameters()), before, strict=True))
         parameters = dict(model.named_parameters())
         assert all(not torch.equal(parameters[n], moved[n]) for n in names if "weight" in n)
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert abs(losses[0] - losses[1]) <= 0.02 * abs(losses[1])  # 16 bits, twice through the model
 
 
@@ -152,19 +155,21 @@ def test_fsdp2(process_group: Any) -> None:
     """Sharded after fuse: a step in bf16, and the parameters' gradients are there."""
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    fused, plain = pair()
+    fused, plain = pair(torch.contiguous_format)  # FSDP takes no other parameters
     mesh = torch.distributed.device_mesh.init_device_mesh(DEVICE, (1,))
     fully_shard(fused[3], mesh=mesh)
     fully_shard(fused, mesh=mesh)
     assert isinstance(fused, FSDPModule)
     x = image()
-    y, expected = fused(x), plain(x)
+    with counted_calls() as calls:
+        y = fused(x)
+    assert calls["batch_norm_forward"] == 5 and calls["aten::native_batch_norm"] == 0
+    expected = plain(x)
     assert_near([y.detach()], [expected.detach()])
     y.square().sum().backward(), expected.square().sum().backward()
-    for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
-        gradient: Any = ours.grad
-        assert gradient is not None and theirs.grad is not None
-        assert_near([gradient.full_tensor()], [theirs.grad])
+    sharded: list[Any] = [p.grad for p in fused.parameters()]
+    whole: list[Any] = [p.grad for p in plain.parameters()]
+    assert_near([grad.full_tensor() for grad in sharded], whole)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     narrow: Any = fully_shard(resops.fuse(copy.deepcopy(plain)), mesh=mesh, mp_policy=policy)
     assert narrow(x).dtype == torch.bfloat16
