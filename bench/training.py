@@ -150,8 +150,8 @@ def train(
         curve.training.append(fmean(curve.steps[-per_epoch:]))
         model.eval()
         with torch.inference_mode():
-            loss, metric = task.test(model)
-        curve.loss.append(loss)
+            test_loss, metric = task.test(model)
+        curve.loss.append(test_loss)
         curve.metric.append(metric)
         after_epoch(curve)
     return curve

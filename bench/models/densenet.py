@@ -83,7 +83,8 @@ def add_traffic(session: Session, name: str, steps: Calls, images: int, dtype: s
             provider: sum(n for op, n in found.items() if is_of(op)) / images
             for provider, found in counted.items()
         }
-        facts = {"suite": "densenet", "case": f"{name}, {kind}", "metric": "traffic"}
+        facts: dict[str, Any] = {"suite": "densenet", "case": f"{name}, {kind}"}
+        facts |= {"metric": "traffic"}
         facts |= {"unit": "bytes per image", "dtype": dtype, "batch": images}
         session.report.add({**facts, "providers": moved})
 

@@ -25,7 +25,7 @@ class _ThenAct(nn.Module):
     act: nn.Module
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y: Tensor = super().forward(x)  # type: ignore[misc]
+        y: Tensor = super().forward(x)
         if residual is not None:
             y += residual
         return self.act(y)

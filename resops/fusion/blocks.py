@@ -250,7 +250,8 @@ def restore(block: Any, saved: tuple[dict[str, Any], tuple[Path, ...]]) -> None:
         swap_class(block, fused_class(found))
 
 
-def _has_same_forward(a: type[nn.Module], b: type[nn.Module]) -> bool:
+def _has_same_forward(a: Any, b: Any) -> bool:
+    """Of two classes of modules."""
     return issubclass(a, b) and a.forward is b.forward
 
 

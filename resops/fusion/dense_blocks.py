@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._autograd import PLAIN_TENSORS
 from ..nn import observer
-from ..nn.batch_norm import normalize
+from ..nn.batch_norm import is_plain, normalize
 from ..nn.conv_bn_act import convolve, folded_conv
 from ..nn.dense_block import is_of_the_op, norm_conv
 from ..ops.dense_block import dense_block
@@ -110,12 +110,12 @@ def dense_block_step(block: nn.Module) -> DenseBlockStep | None:
         return None
     for layer in block._modules.values():
         name = f"{type(layer).__module__}.{type(layer).__qualname__}"
-        if layer is None or name != family.layer or not layers.is_plain(layer):
+        if layer is None or name != family.layer or not is_plain(layer):
             return None
     step = DenseBlockStep(tuple(block._modules), family.relus, family.checkpoints)
     fits = all(_fits(norm, conv, bool(step.relus)) for norm, conv in step.pairs(block))
     relus = (layers.child(block, path) for path in step._paths(step.relus))
-    if not fits or not all(type(relu) is nn.ReLU and layers.is_plain(relu) for relu in relus):
+    if not fits or not all(type(relu) is nn.ReLU and is_plain(relu) for relu in relus):
         return None
     return None if _setting_of_layers(step, block) else step
 
@@ -125,7 +125,7 @@ def _fits(norm: nn.Module, conv: nn.Module, bare: bool) -> bool:
     kind = layers.norm_kind(norm)
     if kind is None or type(conv) not in kind.convs or kind.label != "BN":
         return False
-    if not (layers.is_plain(conv) and is_of_the_op(conv)):
+    if not (is_plain(conv) and is_of_the_op(conv)):
         return False
     if bare:
         return not kind.has_activation

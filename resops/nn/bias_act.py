@@ -48,7 +48,7 @@ class BiasAct(NormAct):
         self._set_epilogue(apply_act, act_layer, act_kwargs, inplace, None)
 
     def _normalize(
-        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+        self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float | Tensor
     ) -> Tensor:
         # Made at every call: a buffer that no state_dict has would be lost on the way from "meta".
         dtype = x.dtype if x.dtype == torch.float64 else torch.float32

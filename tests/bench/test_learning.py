@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench import digits, learning, membranes
+from bench import digits, environment, learning, membranes, report
 from bench.images import NoImages
 from bench.learning import NETWORKS, agreement, compare, load_images, unlearnt
 from bench.membranes import Membranes
 from bench.training import Classification, Curve, Schedule
+from resops.models import list_models
 
 
 @pytest.mark.usefixtures("native", "one_thread")
@@ -66,7 +67,7 @@ def test_what_differs_is_seen() -> None:
 
 
 def test_every_network_of_the_comparison_is_one() -> None:
-    assert set(NETWORKS) <= set(learning.resops.models.list_models())
+    assert set(NETWORKS) <= set(list_models())
 
 
 def test_membranes_of_a_folder(tmp_path: Path) -> None:
@@ -106,16 +107,16 @@ def test_results_are_written_after_every_epoch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labelled_images(tmp_path)
-    monkeypatch.setattr(learning.environment, "restart_with_allocator_settings", lambda *_: None)
+    monkeypatch.setattr(environment, "restart_with_allocator_settings", lambda *_: None)
     monkeypatch.setitem(NETWORKS, "plain20", learning.Recipe(Schedule(2, 8, 0.05, 1), 16))
     saved: list[int] = []
-    save = learning.report.Report.save
+    save = report.Report.save
 
-    def save_and_count(results: learning.report.Report) -> None:
+    def save_and_count(results: report.Report) -> None:
         save(results)
         saved.append(len(json.loads(results.path.read_text())["rows"]))
 
-    monkeypatch.setattr(learning.report.Report, "save", save_and_count)
+    monkeypatch.setattr(report.Report, "save", save_and_count)
     arguments = ["--data", str(tmp_path), "--network", "plain20", "--seeds", "1"]
     learning.main([*arguments, "--output", str(tmp_path / "results")])
     assert saved[:5] == [0, 1, 2, 3, 4]  # two backends of two epochs

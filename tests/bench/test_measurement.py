@@ -16,6 +16,7 @@ from bench.ops import batch_norm
 from bench.session import EAGER, RESOPS, Progress, Session, saved_bytes
 from bench.shapes import BatchNormShape
 from bench.timing import Deadline
+from bench.training import Curve
 from tests.ops.batch_norm_oracle import BatchNormCase, Outputs, run_functional
 
 SHAPE = BatchNormShape(16, 5, 5, True, True)
@@ -167,8 +168,8 @@ def test_parts_cover_everything_once() -> None:
 
 
 def test_two_runs_of_the_same_curve_agree_and_a_worse_one_does_not() -> None:
-    good = digits.Curve([1.0] * 8, [1.0, 0.1], [1.0, 0.1], [0.9, 0.98])
-    bad = digits.Curve([1.0] * 8, [1.0, 0.3], [1.0, 0.3], [0.9, 0.9])
+    good = Curve([1.0] * 8, [1.0, 0.1], [1.0, 0.1], [0.9, 0.98])
+    bad = Curve([1.0] * 8, [1.0, 0.3], [1.0, 0.3], [0.9, 0.9])
     assert all(found <= allowed for found, allowed in digits.agreement([good], [good]).values())
     broken = [
         k for k, (found, allowed) in digits.agreement([good], [bad]).items() if found > allowed

@@ -37,7 +37,7 @@ def _native() -> Iterator[None]:
 @pytest.fixture
 def process_group() -> Iterator[Any]:
     """Of this process alone."""
-    distributed = torch.distributed
+    distributed: Any = torch.distributed
     name = "nccl" if ON_GPU else "gloo"
     distributed.init_process_group(name, store=distributed.HashStore(), rank=0, world_size=1)
     try:

@@ -174,7 +174,8 @@ def test_layers_that_were_changed_run_one_by_one() -> None:
 
 def test_explain_names_the_op() -> None:
     """One row per block, and why one of them is not computed as the op."""
-    model, x = DenseNet(*SMALL, num_classes=5), images(dtype=torch.float32)
+    model: Any = DenseNet(*SMALL, num_classes=5)
+    x = images(dtype=torch.float32)
     told = {p.name: p for p in resops.explain(model, x).paths}
     assert list(told) == [
         "features.norm0",

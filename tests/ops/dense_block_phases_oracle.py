@@ -178,7 +178,7 @@ def assert_running_statistics(ops: Any, dtype: torch.dtype) -> None:
     for batch, tensors in ((mean, running["means"]), (var * 64 / 63, running["vars"])):
         for t, momentum in zip(tensors, momenta, strict=True):
             terms = [(1 - momentum) * t.double(), momentum * batch[: t.numel()].double()]
-            total, absolute = sum(terms), sum(x.abs() for x in terms)
+            total, absolute = terms[0] + terms[1], terms[0].abs() + terms[1].abs()
             exact.append(Exact(total.numpy(), absolute.numpy(), None))
     ops.dense_block_update_running(mean, var, 64, running["means"], running["vars"], momenta)
     for t, truth in zip((*running["means"], *running["vars"]), exact, strict=True):

@@ -406,7 +406,7 @@ def test_one_image_without_a_batch(training: bool, geometry: str, backend: str) 
     leaves = [x[0].clone().requires_grad_(training), residual[0].clone().requires_grad_(training)]
     image = [leaves[0], *args[1:]]
     with resops.backend(backend):
-        y = conv_bn_act(*image, **{**kwargs, "residual": leaves[1]}, training=training)
+        y = conv_bn_act(*image, **{**kwargs, "residual": leaves[1], "training": training})
     torch.testing.assert_close(y, expected[0])
     for ours, theirs in zip(image[3:5], batch[3:5], strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -524,7 +524,7 @@ def test_forward_mode(training: bool, grad: bool) -> None:
     tangent = torch.randn_like(args[0])
     results = []
     for function in (
-        lambda x: conv_bn_act(x, *args[1:], **kwargs, training=training),
+        lambda x: conv_bn_act(x, *args[1:], **{**kwargs, "training": training}),
         lambda x: composition([x, *args[1:]], kwargs, training),
     ):
         with torch.set_grad_enabled(grad), forward_ad.dual_level():

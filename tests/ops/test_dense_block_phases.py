@@ -165,7 +165,7 @@ def test_bad_calls_raise(device: str) -> None:
         with pytest.raises(RuntimeError, match=message):
             ops.dense_block_gradient(*args)
     running = [torch.zeros(n, device=device) for n in (12, 5)]
-    update = {
+    update: dict[str, Any] = {
         "mean": norm["mean"],
         "var": norm["invstd"],
         "count": 60,
@@ -174,7 +174,7 @@ def test_bad_calls_raise(device: str) -> None:
         "momenta": [0.1, 0.1],
     }
     halves = [running[0].half(), running[1].bfloat16()]
-    for change, message in (
+    for wrong, message in (
         ({"var": norm["invstd"][:5]}, "var should contain 12 elements not 5"),
         ({"mean": norm["mean"].half()}, "mean should have dtype"),
         ({"momenta": [0.1]}, "as many, but got 2, 2 and 1"),
@@ -187,5 +187,5 @@ def test_bad_calls_raise(device: str) -> None:
         ({"running_means": halves}, "mixed dtype: expect running_means"),
     ):
         with pytest.raises((RuntimeError, ValueError), match=message):
-            ops.dense_block_update_running(**{**update, **change})
+            ops.dense_block_update_running(**{**update, **wrong})
     assert device == "meta" or not any(t.any() for t in running)
