@@ -35,18 +35,18 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block
 # and registers of a thread. Of barriers there is one for two HGMMAs or more, and no store to shared
 # memory: operands come from there, or, after a prologue, from registers.
 BOUNDS = {
-    ("forward", "1x1", "plain"): (40, 255),
-    ("forward", "kxk", "plain"): (60, 255),
-    ("forward", "1x1", "prologue"): (80, 255),
-    ("forward", "kxk", "prologue"): (135, 255),
-    ("backward_data", "1x1", "plain"): (40, 255),
-    ("backward_data", "kxk", "plain"): (60, 255),
-    ("backward_data", "1x1", "prologue"): (40, 255),
-    ("backward_data", "kxk", "prologue"): (60, 255),
-    ("backward_weight", "1x1", "plain"): (45, 255),
-    ("backward_weight", "kxk", "plain"): (110, 255),
-    ("backward_weight", "1x1", "prologue"): (75, 255),
-    ("backward_weight", "kxk", "prologue"): (165, 255),
+    ("forward", "1x1", "plain"): (26, 160),
+    ("forward", "kxk", "plain"): (48, 165),
+    ("forward", "1x1", "prologue"): (75, 168),
+    ("forward", "kxk", "prologue"): (135, 188),
+    ("backward_data", "1x1", "plain"): (35, 125),
+    ("backward_data", "kxk", "plain"): (56, 172),
+    ("backward_data", "1x1", "prologue"): (33, 235),
+    ("backward_data", "kxk", "prologue"): (56, 236),
+    ("backward_weight", "1x1", "plain"): (52, 240),
+    ("backward_weight", "kxk", "plain"): (116, 240),
+    ("backward_weight", "1x1", "prologue"): (70, 131),
+    ("backward_weight", "kxk", "prologue"): (165, 172),
 }
 BARRIERS = 0.5
 # Two programs share a multiprocessor of sm_90, whose shared memory has 228 KB.
