@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import time
 from collections.abc import Callable
@@ -254,6 +255,8 @@ def run(options: argparse.Namespace, began: float | None = None) -> int:
     if options.seconds is not None:
         session.seconds = session.model_seconds = session.large_seconds = options.seconds
     interrupted = False
+    gc.collect()
+    gc.freeze()  # the collection before each comparison leaves out what is there for good
     try:
         for _, part in parts:
             part(session)

@@ -71,7 +71,7 @@ class Session:
     threads: tuple[int, ...]
     deadline: Deadline
     progress: Progress
-    seconds: float = 0.15
+    seconds: float = 0.2
     model_seconds: float = 2.0
     large_seconds: float = 1.2
     dtypes: tuple[str, ...] = ("fp32", "bf16")

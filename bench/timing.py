@@ -145,9 +145,9 @@ def alternate(
         Only rounds without new memory, or all where there are fewer than ``min_rounds`` of them.
     """
     device = torch.device(device)
-    begin = time.perf_counter()
     repeats = {}
     with no_garbage_collection():
+        begin = time.perf_counter()
         for name, call in providers.items():
             for _ in range(max(warmup, 1)):
                 once = _sample(call, 1, device)

@@ -17,10 +17,9 @@ __device__ __forceinline__ bool passes(float z) { return !(z <= 0.0f); }
 
 __device__ __forceinline__ float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
 
-// The distribution function of the normal distribution.
-__device__ __forceinline__ float normal_cdf(float z) {
-  return fmaf(0.5f, erff(z * 0.707106781f), 0.5f);
-}
+// The distribution function of the normal distribution. By erfc: far below 0, 1 + erf would leave
+// rounding alone.
+__device__ __forceinline__ float normal_cdf(float z) { return 0.5f * erfcf(-0.707106781f * z); }
 
 template <Activation kAct>
 __device__ __forceinline__ float activate(float z, float negative_slope) {

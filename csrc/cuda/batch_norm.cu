@@ -14,11 +14,6 @@ constexpr int64_t kShortestWalk =
     4;  // steps of a thread, for which it reads what its channels need
 constexpr int64_t kMostParts = 65535;  // blocks in y
 
-int vector_size(const BatchNormShape& shape) {
-  const int size = shape.dtype == DType::f32 ? 4 : 8;
-  return shape.channels_last || shape.spatial % size == 0 ? size : 1;
-}
-
 // In how many parts the rows are cut, where `beside` blocks share a row and a part that were all of
 // them had `steps`.
 int64_t parts_for(int64_t beside, int64_t steps, int blocks_per_multiprocessor, bool reduction) {
@@ -32,28 +27,45 @@ int64_t parts_for(int64_t beside, int64_t steps, int blocks_per_multiprocessor, 
   return std::clamp<int64_t>(parts, 1, kMostParts);
 }
 
+// By rows: at most so many threads beside each other. Where planes are, few rows may be all that
+// there are, and the sums of a block are no longer per column.
+int most_lanes(const BatchNormWalk& w) {
+  int lanes = kWarpSize;
+  while (w.plane > 1 && lanes < kThreads && w.rows * lanes < kShortestWalk * kThreads) lanes *= 2;
+  return lanes;
+}
+
 BatchNormWalk make_walk(const BatchNormShape& shape, bool reduction,
                         const BatchNormOptions& options = {}) {
-  const int vec = vector_size(shape);
-  const int blocks = options.blocks_per_multiprocessor > 0 ? options.blocks_per_multiprocessor
-                                                           : resident_blocks(vec);
+  const int vec = shape.vector_size();
+  const int blocks =
+      options.blocks_per_multiprocessor > 0 ? options.blocks_per_multiprocessor : kResidentBlocks;
   BatchNormWalk w{};
   w.channels = shape.channels;
   w.spatial = shape.spatial;
   w.numel = shape.numel();
-  w.channels_last = shape.channels_last;
+  w.by_rows = shape.by_rows();
   w.reverse = options.reverse;
   w.row_parts = w.plane_parts = 1;
-  if (shape.channels_last) {
-    w.pitch = w.columns = std::lcm(shape.channels, int64_t{8});
-    const int64_t vectors = w.pitch / vec, sharing = 8 / vec;  // lanes that share a byte of a mask
-    const int64_t slabs = ceil_div(vectors, kWarpSize);
+  w.plane = w.repeats = w.shares = 1;
+  if (w.by_rows) {
+    if (!shape.channels_last) w.plane = shape.spatial;
+    w.pitch = std::lcm(shape.channels * w.plane, int64_t{8});
+    w.rows = ceil_div(w.numel, w.pitch);
+    // Neighbours that share a byte of a mask; where blocks cut planes, a sector of 32 bytes.
+    const int64_t vectors = w.pitch / vec, sharing = w.plane > 1 ? 2 : 8 / vec;
+    const int64_t slabs = ceil_div(vectors, most_lanes(w));
     w.lanes = static_cast<int>(ceil_div(ceil_div(vectors, slabs), sharing) * sharing);
     w.lane_rows = kThreads / w.lanes;
+    w.width = w.lanes * vec;
+    w.repeats = static_cast<int>(w.pitch / (shape.channels * w.plane));
+    w.shares = static_cast<int>(ceil_div(w.plane - 1, w.width) + 1);
+    // The indices of shares: see there.
+    w.columns = w.pitch / w.plane + (w.plane > 1 ? ceil_div(w.pitch, w.width) - 1 : 0);
+    w.mask_bytes = shape.mask_bytes();
     // An odd number of 16-byte vectors: an even number of rows, so that warps start on 32 bytes.
     if (w.lanes % 2 != 0 && w.lane_rows > 1) w.lane_rows -= w.lane_rows % 2;
     w.tile_rows = w.lane_rows;
-    w.rows = ceil_div(w.numel, w.pitch);
     const int64_t steps = ceil_div(w.rows, w.lane_rows);
     w.row_parts = static_cast<int>(parts_for(ceil_div(vectors, w.lanes), steps, blocks, reduction));
     const int64_t whole = w.numel / w.pitch;
@@ -80,31 +92,24 @@ BatchNormWalk make_walk(const BatchNormShape& shape, bool reduction,
   return w;
 }
 
-dim3 grid_of(const BatchNormWalk& w, int vec) {
-  const int64_t beside =
-      w.channels_last ? ceil_div(w.pitch, static_cast<int64_t>(w.lanes) * vec) : w.channels;
+dim3 grid_of(const BatchNormWalk& w) {
+  const int64_t beside = w.by_rows ? ceil_div(w.pitch, w.width) : w.channels;
   return dim3(static_cast<unsigned>(beside), static_cast<unsigned>(w.parts()));
 }
 
-// f(T{}, Constant<kVec>{}, Constant<kChannelsLast>{})
+// f(T{}, Constant<kVec>{}, Constant<kByRows>{})
 template <class F>
 void dispatch_layout(const BatchNormShape& shape, F f) {
   dispatch_dtype(shape.dtype, [&](auto type) {
     constexpr int kVec = kVectorSize<decltype(type)>;
-    if (shape.channels_last) {
-      f(type, Constant<kVec>{}, Constant<true>{});
-    } else if (vector_size(shape) == kVec) {
-      f(type, Constant<kVec>{}, Constant<false>{});
-    } else {
-      f(type, Constant<1>{}, Constant<false>{});
-    }
+    dispatch_bool(shape.by_rows(), [&](auto by_rows) { f(type, Constant<kVec>{}, by_rows); });
   });
 }
 
 // Whether a thread's channels can be read as whole vectors.
 bool is_aligned(const BatchNormShape& shape, const BatchNormAffine& affine,
                 const float* other1 = nullptr, const float* other2 = nullptr) {
-  return shape.channels % vector_size(shape) == 0 &&
+  return shape.channels_last && shape.channels % shape.vector_size() == 0 &&
          are_aligned(
              {affine.mean, affine.invstd, affine.weight.data, affine.bias.data, other1, other2});
 }
@@ -130,12 +135,12 @@ void launch_batch_norm_statistics(const BatchNormShape& shape, const void* x, fl
   BatchNormWalk w{};
   if (shape.numel() > 0) {
     w = make_walk(shape, true);
-    dispatch_layout(shape, [&](auto type, auto vec, auto channels_last) {
+    dispatch_layout(shape, [&](auto type, auto vec, auto by_rows) {
       using T = decltype(type);
       constexpr int kVec = vec();
-      constexpr bool kChannelsLast = channels_last();
-      RESOPS_LAUNCH((batch_norm_statistics_kernel<T, kVec, kChannelsLast>), grid_of(w, kVec),
-                    kThreads, sizeof(SumsShared<kVec>), on, w, static_cast<const T*>(x), workspace);
+      constexpr bool kByRows = by_rows();
+      RESOPS_LAUNCH((batch_norm_statistics_kernel<T, kVec, kByRows>), grid_of(w), kThreads,
+                    sizeof(SumsShared<kVec>), on, w, static_cast<const T*>(x), workspace);
     });
   } else {
     w.channels = w.columns = shape.channels;  // and no parts
@@ -160,16 +165,16 @@ void launch_batch_norm_apply(const BatchNormShape& shape, const BatchNormApply& 
                              const BatchNormOptions& options, Stream stream) {
   const BatchNormWalk w = make_walk(shape, false, options);
   const bool aligned = is_aligned(shape, call.affine);
-  dispatch_layout(shape, [&](auto type, auto vec, auto channels_last) {
+  dispatch_layout(shape, [&](auto type, auto vec, auto by_rows) {
     dispatch_activation(call.activation, [&](auto act) {
       dispatch_bool(call.residual != nullptr, [&](auto has_residual) {
         using T = decltype(type);
         constexpr int kVec = vec();
-        constexpr bool kChannelsLast = channels_last(), kResidual = has_residual();
+        constexpr bool kByRows = by_rows(), kResidual = has_residual();
         constexpr Activation kAct = act();
-        RESOPS_LAUNCH((batch_norm_apply_kernel<T, kVec, kChannelsLast, kAct, kResidual>),
-                      grid_of(w, kVec), kThreads, 0, static_cast<cudaStream_t>(stream), w,
-                      call.affine, aligned, call.negative_slope, static_cast<const T*>(call.x),
+        RESOPS_LAUNCH((batch_norm_apply_kernel<T, kVec, kByRows, kAct, kResidual>), grid_of(w),
+                      kThreads, 0, static_cast<cudaStream_t>(stream), w, call.affine, aligned,
+                      call.negative_slope, static_cast<const T*>(call.x),
                       static_cast<const T*>(call.residual), static_cast<T*>(call.y), call.mask);
       });
     });
@@ -180,20 +185,28 @@ void launch_batch_norm_apply(const BatchNormShape& shape, const BatchNormApply& 
 
 namespace {
 
-// f(T{}, Constant<kVec>{}, Constant<kChannelsLast>{}, Constant<kAct>{}, Constant<kResidual>{}); of
+// f(T{}, Constant<kVec>{}, Constant<kByRows>{}, Constant<kAct>{}, Constant<kResidual>{}); of
 // the identity there is one variant only.
 template <class F>
 void dispatch_gradient(const BatchNormShape& shape, const BatchNormGradient& call, F f) {
   const bool with_residual = call.mask != nullptr || call.residual != nullptr;
-  dispatch_layout(shape, [&](auto type, auto vec, auto channels_last) {
+  dispatch_layout(shape, [&](auto type, auto vec, auto by_rows) {
     dispatch_activation(call.activation, [&](auto act) {
       if constexpr (act() == Activation::identity) {
-        f(type, vec, channels_last, act, Constant<false>{});
+        f(type, vec, by_rows, act, Constant<false>{});
       } else {
-        dispatch_bool(with_residual,
-                      [&](auto residual) { f(type, vec, channels_last, act, residual); });
+        dispatch_bool(with_residual, [&](auto residual) { f(type, vec, by_rows, act, residual); });
       }
     });
+  });
+}
+
+void merge_sums(DType dtype, const BatchNormWalk& w, const float* workspace, const float* invstd,
+                const BatchNormSums& out, Stream stream) {
+  dispatch_dtype(dtype, [&](auto type) {
+    RESOPS_LAUNCH(batch_norm_backward_finish_kernel<decltype(type)>, finish_blocks(w.channels),
+                  kThreads, sizeof(FinishShared), static_cast<cudaStream_t>(stream), w, workspace,
+                  invstd, out);
   });
 }
 
@@ -207,24 +220,21 @@ void launch_batch_norm_backward_reduce(const BatchNormShape& shape, const BatchN
   if (shape.numel() > 0) {
     w = make_walk(shape, true);
     const bool aligned = is_aligned(shape, call.affine);
-    dispatch_gradient(
-        shape, call, [&](auto type, auto vec, auto channels_last, auto act, auto residual) {
-          using T = decltype(type);
-          constexpr int kVec = vec();
-          constexpr bool kChannelsLast = channels_last(), kResidual = residual();
-          constexpr Activation kAct = act();
-          RESOPS_LAUNCH(
-              (batch_norm_backward_reduce_kernel<T, kVec, kChannelsLast, kAct, kResidual>),
-              grid_of(w, kVec), kThreads, sizeof(SumsShared<kVec>), on, w, call.affine, aligned,
-              call.negative_slope, static_cast<const T*>(call.grad_y),
-              static_cast<const T*>(call.x), static_cast<const T*>(call.residual), call.mask,
-              workspace);
-        });
+    dispatch_gradient(shape, call, [&](auto type, auto vec, auto by_rows, auto act, auto residual) {
+      using T = decltype(type);
+      constexpr int kVec = vec();
+      constexpr bool kByRows = by_rows(), kResidual = residual();
+      constexpr Activation kAct = act();
+      RESOPS_LAUNCH((batch_norm_backward_reduce_kernel<T, kVec, kByRows, kAct, kResidual>),
+                    grid_of(w), kThreads, sizeof(SumsShared<kVec>), on, w, call.affine, aligned,
+                    call.negative_slope, static_cast<const T*>(call.grad_y),
+                    static_cast<const T*>(call.x), static_cast<const T*>(call.residual), call.mask,
+                    workspace);
+    });
   } else {
     w.channels = w.columns = shape.channels;  // and no parts
   }
-  launch_batch_norm_merge_sums(shape.dtype, shape.channels, w.columns, w.parts(), workspace,
-                               call.affine.invstd, out, stream);
+  merge_sums(shape.dtype, w, workspace, call.affine.invstd, out, stream);
 }
 
 void launch_batch_norm_merge_sums(DType dtype, int64_t channels, int64_t columns, int parts,
@@ -233,13 +243,10 @@ void launch_batch_norm_merge_sums(DType dtype, int64_t channels, int64_t columns
   BatchNormWalk w{};
   w.channels = channels;
   w.columns = columns;
+  w.repeats = static_cast<int>(columns / channels);
   w.row_parts = parts;
-  w.plane_parts = 1;
-  dispatch_dtype(dtype, [&](auto type) {
-    RESOPS_LAUNCH(batch_norm_backward_finish_kernel<decltype(type)>, finish_blocks(channels),
-                  kThreads, sizeof(FinishShared), static_cast<cudaStream_t>(stream), w, workspace,
-                  invstd, out);
-  });
+  w.plane = w.shares = w.plane_parts = 1;
+  merge_sums(dtype, w, workspace, invstd, out, stream);
 }
 
 void launch_batch_norm_backward_apply(const BatchNormShape& shape, const BatchNormGradient& call,
@@ -249,20 +256,18 @@ void launch_batch_norm_backward_apply(const BatchNormShape& shape, const BatchNo
   const bool aligned = is_aligned(shape, call.affine, out.sum_grad, out.sum_grad_xhat);
   const bool recomputes = call.activation != Activation::identity && call.mask == nullptr;
   const bool needs_x = recomputes || (out.grad_x != nullptr && out.sum_grad != nullptr);
-  dispatch_gradient(
-      shape, call, [&](auto type, auto vec, auto channels_last, auto act, auto residual) {
-        using T = decltype(type);
-        constexpr int kVec = vec();
-        constexpr bool kChannelsLast = channels_last(), kResidual = residual();
-        constexpr Activation kAct = act();
-        RESOPS_LAUNCH((batch_norm_backward_apply_kernel<T, kVec, kChannelsLast, kAct, kResidual>),
-                      grid_of(w, kVec), kThreads, 0, static_cast<cudaStream_t>(stream), w,
-                      call.affine, aligned, call.negative_slope, static_cast<const T*>(call.grad_y),
-                      needs_x ? static_cast<const T*>(call.x) : nullptr,
-                      static_cast<const T*>(call.residual), call.mask, out.sum_grad,
-                      out.sum_grad_xhat, out.factor, static_cast<T*>(out.grad_x),
-                      static_cast<T*>(out.grad_residual));
-      });
+  dispatch_gradient(shape, call, [&](auto type, auto vec, auto by_rows, auto act, auto residual) {
+    using T = decltype(type);
+    constexpr int kVec = vec();
+    constexpr bool kByRows = by_rows(), kResidual = residual();
+    constexpr Activation kAct = act();
+    RESOPS_LAUNCH((batch_norm_backward_apply_kernel<T, kVec, kByRows, kAct, kResidual>), grid_of(w),
+                  kThreads, 0, static_cast<cudaStream_t>(stream), w, call.affine, aligned,
+                  call.negative_slope, static_cast<const T*>(call.grad_y),
+                  needs_x ? static_cast<const T*>(call.x) : nullptr,
+                  static_cast<const T*>(call.residual), call.mask, out.sum_grad, out.sum_grad_xhat,
+                  out.factor, static_cast<T*>(out.grad_x), static_cast<T*>(out.grad_residual));
+  });
 }
 
 }  // namespace resops::cuda

@@ -47,43 +47,94 @@ __device__ inline float median(float a, float b, float c) {
   return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c));
 }
 
-// The shifts of a thread's columns, or of its channel.
-template <class T, int kVec, bool kChannelsLast, int kShifts>
-__device__ __forceinline__ void choose_shift(const Cursor<kVec, kChannelsLast>& cursor,
+__device__ inline float shift_of(float a, float b, float c) {
+  const float m = median(a, b, c);
+  return m - m == 0 ? m : 0;  // an inf or NaN shows in the sums
+}
+
+// By planes: the shift of the block's channel.
+template <class T, int kVec>
+__device__ __forceinline__ void choose_shift(const Cursor<kVec, false>& cursor,
                                              const BatchNormWalk& w, const T* x,
-                                             float (&shift)[kShifts]) {
-  float sample[3][kShifts] = {};
+                                             float (&shift)[1]) {
+  float sample[3];
+#pragma unroll
+  for (int s = 0; s < 3; ++s) sample[s] = to_float(load_nc<T>(x + cursor.sample(w, s)));
+  shift[0] = shift_of(sample[0], sample[1], sample[2]);
+}
+
+// By rows: the shifts of a thread's columns, in channels-last from the columns themselves.
+template <class T, int kVec>
+__device__ __forceinline__ void choose_shift(const Cursor<kVec, true>& cursor,
+                                             const BatchNormWalk& w, const T* x,
+                                             float (&shift)[kVec]) {
+  float sample[3][kVec] = {};
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
-    const int64_t at = cursor.sample(w, s), left = w.numel - at;
+    const int64_t at = cursor.sample_row(w, s) + cursor.column, left = w.numel - at;
 #pragma unroll
-    for (int i = 0; i < kShifts; ++i)
-      sample[s][i] = sample[0][i];  // for where the tensor has ended
-    if (left >= kShifts) {
-      unpack<T, kShifts>(load_nc<Raw<T, kShifts>>(x + at), sample[s]);
+    for (int i = 0; i < kVec; ++i) sample[s][i] = sample[0][i];  // for where the tensor has ended
+    if (left >= kVec) {
+      unpack<T, kVec>(load_nc<Raw<T, kVec>>(x + at), sample[s]);
     } else if (left > 0) {
       load_some<T>(x + at, static_cast<int>(left), sample[s]);
     }
   }
 #pragma unroll
-  for (int i = 0; i < kShifts; ++i) {
-    const float m = median(sample[0][i], sample[1][i], sample[2][i]);
-    shift[i] = m - m == 0 ? m : 0;  // an inf or NaN shows in the sums
+  for (int i = 0; i < kVec; ++i) shift[i] = shift_of(sample[0][i], sample[1][i], sample[2][i]);
+}
+
+// The same where planes are beside each other: a shift per share, of three of its columns, which
+// one thread finds and leaves in the workspace.
+template <class T, int kVec>
+__device__ __forceinline__ void choose_shift_of_shares(SumsShared<kVec>& shared,
+                                                       const Cursor<kVec, true>& cursor,
+                                                       const BatchNormWalk& w, const T* x,
+                                                       float* shifts, float (&shift)[kVec]) {
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * w.width, first = begin / w.plane;
+  const int64_t exist = w.numel < w.pitch ? w.numel : w.pitch;
+  const int64_t end = begin + w.width < exist ? begin + w.width : exist;
+  for (int64_t p = first + threadIdx.x; p * w.plane < end; p += kThreads) {
+    const int64_t share_begin = p == first ? begin : p * w.plane, plane_end = (p + 1) * w.plane;
+    const int64_t length = (plane_end < end ? plane_end : end) - share_begin;
+    float sample[3];
+#pragma unroll
+    for (int s = 0; s < 3; ++s) {
+      const int64_t at = cursor.sample_row(w, s) + share_begin + part_sample(length, s);
+      sample[s] = to_float(load_nc<T>(x + at));
+    }
+    const float value = shift_of(sample[0], sample[1], sample[2]);
+    shared.a[p - first] = value;
+    store<float>(shifts + blockIdx.y * w.columns + blockIdx.x + p, value);
   }
+  block_sync();
+  int64_t p = cursor.column / w.plane, left = (p + 1) * w.plane - cursor.column;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    shift[i] = cursor.column + i < end ? shared.a[p - first] : 0;
+    if (--left > 0) continue;
+    left = w.plane;
+    ++p;
+  }
+  block_sync();  // before there are sums in its place
 }
 
 // ---- forward -----------------------------------------------------------------------------------
 
 // partial: [3][parts][columns], the shift, the sum of x - shift and of its square.
-template <class T, int kVec, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<kVec>)
+template <class T, int kVec, bool kByRows>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     batch_norm_statistics_kernel(BatchNormWalk w, const T* __restrict__ x,
                                  float* __restrict__ partial) {
   RESOPS_SHARED(SumsShared<kVec>, shared);
-  constexpr int kShifts = kChannelsLast ? kVec : 1;
-  Cursor<kVec, kChannelsLast> cursor(w);
+  constexpr int kShifts = kByRows ? kVec : 1;
+  Cursor<kVec, kByRows> cursor(w);
   float shift[kShifts], sum[kVec] = {}, square[kVec] = {};
-  choose_shift<T>(cursor, w, x, shift);
+  const bool of_shares = kByRows && w.plane > 1;
+  if constexpr (kByRows) {
+    if (of_shares) choose_shift_of_shares<T>(shared, cursor, w, x, partial, shift);
+  }
+  if (!of_shares) choose_shift<T>(cursor, w, x, shift);
 
   const T* const tensors[1] = {x};
   for_vectors<T, kVec, 1, false>(
@@ -98,17 +149,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kVec>)
         }
       });
 
-  const int64_t plane = w.parts() * w.columns, at = blockIdx.y * w.columns;
-  const float2 total = sum_columns<kVec, kChannelsLast>(shared, w.lanes, w.lane_rows, sum, square);
-  const int64_t column = summed_column<kVec, kChannelsLast>(w);
-  if (column >= 0) {
-    store<float>(partial + plane + at + column, total.x);
-    store<float>(partial + 2 * plane + at + column, total.y);
-  }
-  if (cursor.lane_row == 0 && (kChannelsLast || threadIdx.x == 0)) {
+  const int64_t plane = w.parts() * w.columns;
+  store_sums<kVec, kByRows>(shared, w, sum, square, partial + plane, partial + 2 * plane);
+  if (!of_shares && cursor.lane_row == 0 && (kByRows || threadIdx.x == 0)) {
 #pragma unroll
     for (int i = 0; i < kShifts; ++i) {
-      if (cursor.column + i < w.columns) store<float>(partial + at + cursor.column + i, shift[i]);
+      const int64_t column = cursor.column + i;
+      if (column < w.columns) store<float>(partial + blockIdx.y * w.columns + column, shift[i]);
     }
   }
 }
@@ -122,8 +169,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t c = finish_channel();
   const int64_t plane = w.parts() * w.columns;
   double sum = 0, count = 0;
-  for_parts(w, c, [&](int part, int64_t column, int64_t at) {
-    const double n = static_cast<double>(w.values(part, column));
+  for_parts(w, c, [&](int part, const PlaneShare& share, int64_t at) {
+    const double n = static_cast<double>(w.values(part, share));
     if (n == 0) return;
     sum += n * load_nc<float>(partial + at) + load_nc<float>(partial + plane + at);
     count += n;
@@ -132,8 +179,8 @@ __global__ void __launch_bounds__(kThreads)
   const double m = totals.b, mean = m > 0 ? totals.a / m : 0;
 
   double m2 = 0;
-  for_parts(w, c, [&](int part, int64_t column, int64_t at) {
-    const double n = static_cast<double>(w.values(part, column));
+  for_parts(w, c, [&](int part, const PlaneShare& share, int64_t at) {
+    const double n = static_cast<double>(w.values(part, share));
     if (n == 0) return;
     const double away = load_nc<float>(partial + at) - mean;
     // The sum of (x - mean)^2 over the part; not negative but for rounding.
@@ -161,16 +208,27 @@ __global__ void __launch_bounds__(kThreads)
                    read_running<T>(out.running_var, c));
 }
 
-template <class T, int kVec, bool kChannelsLast, Activation kAct, bool kResidual>
-__global__ void __launch_bounds__(kThreads, kIsSmooth<kAct> ? 2 : kResidentBlocks<kVec>)
+// By rows the bits of a mask are one run, and that of planes has room for more: there each plane
+// may begin on a byte of its own (docs/architecture.md, "The mask").
+__device__ __forceinline__ void clear_rest(const BatchNormWalk& w, uint8_t* mask) {
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * gridDim.y * kThreads;
+  const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+  for (int64_t i = ceil_div(w.numel, 8) + block * kThreads + threadIdx.x; i < w.mask_bytes;
+       i += threads) {
+    store<uint8_t>(mask + i, 0);
+  }
+}
+
+template <class T, int kVec, bool kByRows, Activation kAct, bool kResidual>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     batch_norm_apply_kernel(BatchNormWalk w, BatchNormAffine affine, bool aligned,
                             float negative_slope, const T* __restrict__ x,
                             const T* __restrict__ residual, T* __restrict__ y,
                             uint8_t* __restrict__ mask) {
-  constexpr int kCount = kChannelsLast ? kVec : 1;
+  constexpr int kCount = kByRows ? kVec : 1;
   constexpr bool kMask = kResidual && kIsMasked<kAct>;
-  Cursor<kVec, kChannelsLast> cursor(w);
-  const Channels<T, kCount> channels(cursor.column, w.channels, aligned);
+  Cursor<kVec, kByRows> cursor(w);
+  const Channels<T, kCount> channels(cursor.column, w.channels, aligned, kByRows ? w.plane : 1);
   float mean[kCount], scale[kCount], bias[kCount], weight[kCount];
   channels.read(affine.mean, mean);
   channels.read(affine.invstd, scale);
@@ -197,15 +255,16 @@ __global__ void __launch_bounds__(kThreads, kIsSmooth<kAct> ? 2 : kResidentBlock
         if constexpr (kMask) store_bits<kVec>(mask + place.byte, bits, count > 0);
         put(y + place.offset, count, z, is_short);
       });
+  if constexpr (kMask && kByRows) clear_rest(w, mask);
 }
 
 // ---- backward ----------------------------------------------------------------------------------
 
 // What the two backward passes share: the values per channel that they need, and g, the gradient
 // before the activation.
-template <class T, int kVec, bool kChannelsLast, Activation kAct, bool kResidual>
+template <class T, int kVec, bool kByRows, Activation kAct, bool kResidual>
 struct Backward {
-  static constexpr int kCount = kChannelsLast ? kVec : 1;
+  static constexpr int kCount = kByRows ? kVec : 1;
   static constexpr bool kMask = kResidual && kIsMasked<kAct>;
   static constexpr bool kNeedsZ = kAct != Activation::identity && !kMask;
   static constexpr int kTensors = kResidual && kIsSmooth<kAct> ? 3 : 2;  // grad_y, x, residual
@@ -244,17 +303,18 @@ struct Backward {
 };
 
 // partial: [2][parts][columns], the sums of g and of g * (x - mean).
-template <class T, int kVec, bool kChannelsLast, Activation kAct, bool kResidual>
-__global__ void __launch_bounds__(kThreads, kIsSmooth<kAct> ? 2 : kResidentBlocks<kVec>)
+template <class T, int kVec, bool kByRows, Activation kAct, bool kResidual>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     batch_norm_backward_reduce_kernel(BatchNormWalk w, BatchNormAffine affine, bool aligned,
                                       float negative_slope, const T* __restrict__ grad_y,
                                       const T* __restrict__ x, const T* __restrict__ residual,
                                       const uint8_t* __restrict__ mask,
                                       float* __restrict__ partial) {
   RESOPS_SHARED(SumsShared<kVec>, shared);
-  using Pass = Backward<T, kVec, kChannelsLast, kAct, kResidual>;
-  Cursor<kVec, kChannelsLast> cursor(w);
-  const Channels<T, Pass::kCount> channels(cursor.column, w.channels, aligned);
+  using Pass = Backward<T, kVec, kByRows, kAct, kResidual>;
+  Cursor<kVec, kByRows> cursor(w);
+  const Channels<T, Pass::kCount> channels(cursor.column, w.channels, aligned,
+                                           kByRows ? w.plane : 1);
   const Pass pass(channels, affine, negative_slope);
   float sum[kVec] = {}, product[kVec] = {};
 
@@ -272,13 +332,7 @@ __global__ void __launch_bounds__(kThreads, kIsSmooth<kAct> ? 2 : kResidentBlock
         }
       });
 
-  const float2 total = sum_columns<kVec, kChannelsLast>(shared, w.lanes, w.lane_rows, sum, product);
-  const int64_t column = summed_column<kVec, kChannelsLast>(w);
-  if (column >= 0) {
-    const int64_t at = blockIdx.y * w.columns + column;
-    store<float>(partial + at, total.x);
-    store<float>(partial + w.parts() * w.columns + at, total.y);
-  }
+  store_sums<kVec, kByRows>(shared, w, sum, product, partial, partial + w.parts() * w.columns);
 }
 
 template <class T>
@@ -289,7 +343,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t c = finish_channel();
   const int64_t plane = w.parts() * w.columns;
   double sum = 0, product = 0;
-  for_parts(w, c, [&](int, int64_t, int64_t at) {
+  for_parts(w, c, [&](int, const PlaneShare&, int64_t at) {
     sum += load_nc<float>(partial + at);
     product += load_nc<float>(partial + plane + at);
   });
@@ -304,8 +358,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // x is null where neither z nor grad_x needs it.
-template <class T, int kVec, bool kChannelsLast, Activation kAct, bool kResidual>
-__global__ void __launch_bounds__(kThreads, kIsSmooth<kAct> ? 2 : kResidentBlocks<kVec>)
+template <class T, int kVec, bool kByRows, Activation kAct, bool kResidual>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     batch_norm_backward_apply_kernel(BatchNormWalk w, BatchNormAffine affine, bool aligned,
                                      float negative_slope, const T* __restrict__ grad_y,
                                      const T* __restrict__ x, const T* __restrict__ residual,
@@ -313,10 +367,10 @@ __global__ void __launch_bounds__(kThreads, kIsSmooth<kAct> ? 2 : kResidentBlock
                                      const float* __restrict__ sum_grad,
                                      const float* __restrict__ sum_grad_xhat, float factor,
                                      T* __restrict__ grad_x, T* __restrict__ grad_residual) {
-  using Pass = Backward<T, kVec, kChannelsLast, kAct, kResidual>;
+  using Pass = Backward<T, kVec, kByRows, kAct, kResidual>;
   constexpr int kCount = Pass::kCount;
-  Cursor<kVec, kChannelsLast> cursor(w);
-  const Channels<T, kCount> channels(cursor.column, w.channels, aligned);
+  Cursor<kVec, kByRows> cursor(w);
+  const Channels<T, kCount> channels(cursor.column, w.channels, aligned, kByRows ? w.plane : 1);
   const Pass pass(channels, affine, negative_slope);
   // grad_x = scale * g [+ slope * (x - mean) + offset]
   float slope[kCount] = {}, offset[kCount] = {};

@@ -20,6 +20,10 @@ struct BatchNormShape {
 
   int64_t count() const { return samples * spatial; }  // M, values per channel
   int64_t numel() const { return count() * channels; }
+  int vector_size() const { return dtype == DType::f32 ? 4 : 8; }  // elements of 16 bytes
+  // Whether a thread's vectors are at the same place of a row, not of a plane, and the bits of a
+  // mask are one run (batch_norm_walk.cuh).
+  bool by_rows() const { return channels_last || spatial % vector_size() != 0; }
   int64_t mask_bytes() const {
     return channels_last ? (numel() + 7) / 8 : samples * channels * ((spatial + 7) / 8);
   }

@@ -1,12 +1,15 @@
 // How the blocks of a batch_norm kernel share a tensor.
 //
-// channels-last: the tensor is rows of lcm(C, 8) elements, so that every row is whole vectors and
-// begins with channel 0; the last row may be shorter. A block takes up to 32 neighbouring vectors
-// of a row (blockIdx.x) and every `row_parts`-th tile of rows (blockIdx.y); a thread keeps its
-// column, and with it its channels, in registers.
+// By rows: the tensor is rows of whole vectors, each of which begins with channel 0; the last one
+// may be shorter. A block takes neighbouring vectors of a row (blockIdx.x) and every `row_parts`-th
+// tile of rows (blockIdx.y); a thread keeps its column, and with it its channels, in registers.
+// Channels-last, a row is lcm(C, 8) elements. Contiguous, where a vector runs from one plane into
+// the next, it is lcm(C * S, 8), one image or several, and S neighbouring columns are a plane: of
+// one channel. What a block has of a plane is a share of it.
 //
-// contiguous: a block takes one channel (blockIdx.x), every `row_parts`-th sample and one of the
-// `plane_parts` pieces of its planes (blockIdx.y), in steps of 8 elements.
+// By planes: contiguous, where a plane is whole vectors. A block takes one channel (blockIdx.x),
+// every `row_parts`-th sample and one of the `plane_parts` pieces of its planes (blockIdx.y), in
+// steps of 8 elements.
 //
 // As many blocks are started as run at the same time. So all together move through the tensor from
 // its start to its end, which is what the caches hold after it, and where a pass in reverse begins.
@@ -18,34 +21,55 @@
 namespace resops::cuda {
 
 // Blocks that run at the same time on a multiprocessor.
-__host__ __device__ constexpr int resident_blocks(int vec) { return vec == 1 ? 3 : 2; }
-template <int kVec>
-constexpr int kResidentBlocks = resident_blocks(kVec);
+constexpr int kResidentBlocks = 2;
+
+// The columns of a plane that one block has, and where their sums are among those of a part.
+struct PlaneShare {
+  int64_t begin, end, index;
+};
 
 struct BatchNormWalk {
   int64_t channels, spatial, numel;
-  int64_t rows;         // channels-last: see above; contiguous: samples
-  int64_t pitch;        // channels-last: elements of a row
-  int64_t columns;      // sums that a part yields: `pitch` or C
-  int64_t part_length;  // contiguous: elements of a piece of a plane, a multiple of 8
+  int64_t rows;         // by planes: samples
+  int64_t pitch;        // by rows: elements of a row
+  int64_t plane;        // by rows: neighbouring columns of one channel, 1 in channels-last
+  int64_t columns;      // sums that a part yields: one per share of a plane
+  int64_t part_length;  // by planes: elements of a piece of a plane, a multiple of 8
+  int64_t mask_bytes;   // by rows: what there is of a mask
   int lanes;            // threads beside each other in a row
-  int lane_rows;        // rows (contiguous: steps) that a block handles at a time
+  int lane_rows;        // rows (by planes: steps) that a block handles at a time
+  int width;            // by rows: columns of a block
   int row_parts, plane_parts;
-  bool channels_last, reverse;
+  int repeats, shares;  // how often a channel is in a row; at most so many blocks share a plane
+  bool by_rows, reverse;
 
   // How many whole rows a part has: part_rows, and of the extra_rows left over a tile, or a part of
-  // it, if its turn comes. The last row of channels-last, if it is shorter, is last_part's.
+  // it, if its turn comes. The last row, if it is shorter, is last_part's.
   int64_t part_rows, extra_rows, last_length;
   int tile_rows, last_part;
 
   __host__ __device__ int parts() const { return row_parts * plane_parts; }
 
-  // Values that part `part` adds to one of its columns.
-  __device__ int64_t values(int part, int64_t column) const {
+  // Share `which` of plane `p` of a row, in the order of the blocks; empty past the last one. From
+  // one share to the next either the block or the plane is another, so that no two have one index.
+  __device__ PlaneShare share(int64_t p, int which) const {
+    if (plane == 1) return {p, p + 1, p};
+    const int64_t begin = p * plane, end = begin + plane, block = begin / width + which;
+    const int64_t block_begin = block * width, block_end = block_begin + width;
+    return {begin > block_begin ? begin : block_begin, end < block_end ? end : block_end,
+            block + p};
+  }
+
+  // Values of which a share of part `part` has the sum.
+  __device__ int64_t values(int part, const PlaneShare& share) const {
     const int row_part = part / plane_parts;
     const int64_t extra = extra_rows - static_cast<int64_t>(row_part) * tile_rows;
     const int64_t own = part_rows + (extra < 0 ? 0 : extra < tile_rows ? extra : tile_rows);
-    if (channels_last) return own + (part == last_part && column < last_length ? 1 : 0);
+    if (by_rows) {
+      const int64_t length = share.end - share.begin, last = last_length - share.begin;
+      if (part != last_part || last <= 0) return own * length;
+      return own * length + (last < length ? last : length);
+    }
     const int64_t rest = spatial - (part - row_part * plane_parts) * part_length;
     return own * (rest < part_length ? rest : part_length);
   }
@@ -59,7 +83,7 @@ __device__ __forceinline__ int64_t part_sample(int64_t count, int which) {
 
 // The vectors of one thread, in the order in which it takes them. The number of steps is the same
 // for all threads of a block; a step past the end is not whole.
-template <int kVec, bool kChannelsLast>
+template <int kVec, bool kByRows>
 class Cursor;
 
 template <int kVec>
@@ -91,12 +115,13 @@ class Cursor<kVec, true> {
 
   __device__ bool has_short_end() const { return end % 8 != 0; }
 
-  // Where this thread's column is in three rows of its part (see part_sample).
-  __device__ int64_t sample(const BatchNormWalk& w, int which) const {
+  // Where three rows of the part begin (see part_sample), none of them a shorter one if there is a
+  // whole one.
+  __device__ int64_t sample_row(const BatchNormWalk& w, int which) const {
     const int64_t step = part_sample(steps, which), row = part_sample(w.lane_rows, which);
     const int64_t at = (blockIdx.y + step * w.row_parts) * w.lane_rows + row;
-    const int64_t whole = end / w.pitch;  // the last row may be too short for this column
-    return (at < whole ? at : whole > 0 ? whole - 1 : 0) * w.pitch + column;
+    const int64_t whole = end / w.pitch;
+    return (at < whole ? at : whole > 0 ? whole - 1 : 0) * w.pitch;
   }
 
   int64_t steps, end;

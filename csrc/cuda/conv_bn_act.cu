@@ -94,7 +94,8 @@ void launch_conv_bn_act_forward(const ConvBnActForward& call, float* workspace, 
   // The parts as batch_norm's finaliser counts them: runs of part_rows pixels.
   BatchNormWalk w{};
   w.channels = w.columns = s.out_channels;
-  w.channels_last = true;
+  w.by_rows = true;
+  w.plane = w.repeats = w.shares = 1;
   w.row_parts = static_cast<int>(ceil_div(pixels, part_rows(call)));
   w.plane_parts = 1;
   w.tile_rows = static_cast<int>(part_rows(call));

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from .. import _dispatch
 from ..nn.batch_norm import NormAct
 from ..nn.norm_layers import NormThenAct
-from . import observer
+from ..ops import conv_bn_act
+from . import layers, observer
 from .fusing import fuse_report, fused_blocks, join
 from .report import FuseReport
-from .steps import Step
+from .steps import FOLDED, Step
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,20 @@ class _Listener:
 
     def __init__(self, model: nn.Module) -> None:
         self.paths: list[Path] = []
-        self.running: list[tuple[str, list[Step]]] = []
+        self.running: list[tuple[str, nn.Module, list[Step]]] = []
         for name, block in fused_blocks(model):
             block.register_forward_pre_hook(self._begin(name))
             block.register_forward_hook(self._end(name))
 
     def _begin(self, name: str) -> Any:
         def hook(block: Any, args: tuple[Any, ...]) -> None:
-            self.running.append((name, []))
+            self.running.append((name, block, []))
 
         return hook
 
     def _end(self, name: str) -> Any:
         def hook(block: Any, args: tuple[Any, ...], output: Any) -> None:
-            _, steps = self.running.pop()
+            _, _, steps = self.running.pop()
             if not steps:
                 why = block._resops_plan.change(block)
                 why = why or "called with other arguments than the fused forward takes"
@@ -82,9 +83,11 @@ class _Listener:
         return hook
 
     def hear(self, step: Step, path: str, x: Tensor) -> None:
-        name, steps = self.running[-1]
+        name, block, steps = self.running[-1]
         steps.append(step)
-        self.paths.append(Path(join(name, *step.norm), step.pattern, path, _why(path, x)))
+        reasons = (_why(path, x), _convolution(block, step, path, x))
+        why = "; ".join(filter(None, reasons))
+        self.paths.append(Path(join(name, *step.norm), step.pattern, path, why))
 
 
 def _why(path: str, x: Tensor) -> str:
@@ -98,6 +101,25 @@ def _why(path: str, x: Tensor) -> str:
     return "; ".join(reasons)
 
 
+def _convolution(block: nn.Module, step: Step, path: str, x: Tensor) -> str:
+    """What computes the convolution of a step on a GPU, and why; on a CPU ``path`` has it all."""
+    if step.conv is None or x.device.type == "cpu":
+        return ""
+    fused: tuple[str, Any] | None = (step.activation, step.negative_slope)
+    if step.act is not None:
+        fused = layers.step_activation(layers.child(block, step.act))
+    conv = layers.child(block, step.conv)
+    activation = "identity" if fused is None else fused[0]
+    return _convolution_path(conv, x, activation, folded=path == FOLDED)
+
+
+def _convolution_path(conv: nn.Module, x: Tensor, activation: str, folded: bool) -> str:
+    taken = conv_bn_act.path(
+        x, conv.weight, groups=conv.groups, activation=activation, training=not folded
+    )
+    return f"convolution: {taken.reason}"
+
+
 def _is_dense(x: Tensor) -> bool:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return x.is_contiguous() or (
@@ -109,9 +131,18 @@ def _layer_paths(model: nn.Module, inputs: tuple[Any, ...]) -> list[Path]:
     """Of every norm layer of resops.nn, in the order of the calls."""
     paths: list[Path] = []
     names = {module: name for name, module in model.named_modules()}
+    last: list[tuple[Tensor, Tensor, nn.Module]] = []  # convolution: output, input and itself
+
+    def hear_convolution(conv: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        last[:] = [(output, args[0], conv)]
 
     def hear(layer: nn.Module, args: tuple[Any, ...]) -> None:
         path, why = _layer_path(layer, args[0])
+        for output, x, conv in last:
+            if output is args[0] and isinstance(layer, NormAct):
+                folded = not layer.training and not torch.is_grad_enabled()
+                taken = _convolution_path(conv, x, layer.epilogue()[0], folded)
+                why = "; ".join(filter(None, (why, taken)))
         act = type(layer.act).__name__
         pattern = type(layer).__name__ + ("" if act == "Identity" else f"+{act}")
         paths.append(Path(names[layer], pattern, path, why))
@@ -119,6 +150,8 @@ def _layer_paths(model: nn.Module, inputs: tuple[Any, ...]) -> list[Path]:
     for module in names:
         if isinstance(module, NormAct | NormThenAct):
             module.register_forward_pre_hook(hear)
+        elif isinstance(module, nn.Conv2d | nn.Conv3d) and module.weight.device.type != "cpu":
+            module.register_forward_hook(hear_convolution)
     if any(isinstance(module, NormAct | NormThenAct) for module in names):
         with torch.random.fork_rng():
             model(*inputs)
@@ -144,6 +177,8 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
 
     Of a model that was not fused, but made of the layers of resops.nn, such as those of
     resops.models, it tells the path of every norm layer.
+
+    On a GPU it also tells what computes the convolution before a norm, and why.
 
     The call is made on a copy, in the model's mode (training or evaluation) and the caller's (such
     as ``torch.no_grad``): statistics, random numbers and hooks of the model stay as they are.

@@ -22,6 +22,8 @@ from . import layers, observer
 from .layers import Path
 from .report import Reason
 
+FOLDED = "folded into the convolution"  # the path of a step, as resops.explain tells it
+
 
 @dataclass(frozen=True)
 class Step:
@@ -66,7 +68,7 @@ class Step:
             if not norm.training and type(conv) in kind.convs:
                 y = self._folded(conv, norm, keeper, x, residual, activation, slope)
                 if y is not None:
-                    observer.tell(self, "folded into the convolution", x)
+                    observer.tell(self, FOLDED, x)
                     return y if act is None else act(y)
             x = convolve(conv, x)
         if observer.listening():

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import resops
+from resops.fusion import explaining
 from tests.dispatch import counted_calls
 from tests.fusion.blocks import (
     Residual,
@@ -318,6 +320,27 @@ def test_explain_says_why() -> None:
     assert path.why == "the input is not dense and is copied"
     with pytest.raises(ValueError, match=r"call resops\.fuse\(model\) first"):
         resops.explain(small_net())
+
+
+def test_explain_tells_what_computes_a_convolution_off_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tensors of another device that hold nothing; the reasons of a GPU by themselves."""
+    said = "convolution: training: convolutions and their gradients are meta's"
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    layer = resops.nn.Conv2dNormActivation(3, 8)
+    for model in (resops.fuse(plain), layer):
+        (path,) = resops.explain(model.to("meta"), torch.empty(2, 3, 8, 8, device="meta")).paths
+        assert said in path.why
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    conv = nn.Conv2d(8, 8, 3)
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 5, 7, device="cuda")
+        told = explaining._convolution_path(conv, x, "relu", folded=True)
+        assert told.startswith("convolution: cuDNN's convolution with bias and relu; ")
+        assert told.endswith("only where the backend 'native' was chosen by name")
+        told = explaining._convolution_path(conv, x, "relu", folded=False)
+        assert told == "convolution: training: convolutions and their gradients are cuDNN's"
 
 
 @pytest.mark.parametrize("fuse", [True, False])

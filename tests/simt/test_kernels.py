@@ -24,6 +24,7 @@ CASES = {
         "parameters",
         "walks",
         "means",
+        "tails",
         "exact_statistics",
         "outliers",
         "corners",

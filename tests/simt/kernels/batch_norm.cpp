@@ -16,10 +16,10 @@ void shapes() {
   struct Size {
     int64_t samples, channels, spatial;
   };
-  const Size sizes[] = {{2, 1, 35},   {3, 3, 49},  {2, 17, 21}, {3, 65, 7}, {2, 8, 9},
-                        {2, 64, 15},  {1, 17, 2},  {5, 3, 1},   {7, 24, 1}, {2, 300, 3},
-                        {2, 520, 2},  {2, 4, 196}, {0, 5, 3},   {2, 3, 0},  {1, 2, 64},
-                        {2, 2, 1003}, {1, 1, 2},   {37, 33, 4}};
+  const Size sizes[] = {{2, 1, 35},   {3, 3, 49},  {2, 17, 21}, {3, 65, 7},   {2, 8, 9},
+                        {2, 64, 15},  {1, 17, 2},  {5, 3, 1},   {7, 24, 1},   {2, 300, 3},
+                        {2, 520, 2},  {2, 4, 196}, {0, 5, 3},   {2, 3, 0},    {1, 2, 64},
+                        {2, 2, 1003}, {1, 1, 2},   {37, 33, 4}, {70, 16, 49}, {9, 3, 343}};
   for (const DType dtype : {DType::f32, DType::bf16}) {
     for (const Size& s : sizes) {
       for (const bool channels_last : {true, false}) {
@@ -89,6 +89,19 @@ void means() {
       Config c{DType::f32, 4, 9, 300, channels_last};
       c.mean = mean;
       run(c);
+    }
+  }
+}
+
+// Arguments far below 0, where all that is left of gelu and silu is the difference of small terms.
+void tails() {
+  for (const DType dtype : kTypes) {
+    for (const Activation activation : {Activation::silu, Activation::gelu}) {
+      for (const bool residual : {false, true}) {
+        Config c{dtype, 4, 9, 21, true, activation, residual};
+        c.offset = -10;
+        run(c);
+      }
     }
   }
 }
@@ -275,14 +288,17 @@ void special_values() {
 void traffic() {
   struct Layout {
     DType dtype;
-    int64_t channels, spatial;
+    int64_t samples, channels, spatial;
     bool channels_last;
   };
   for (const Layout& l :
-       {Layout{DType::bf16, 64, 784, true}, Layout{DType::f32, 64, 784, true},
-        Layout{DType::bf16, 256, 784, true}, Layout{DType::bf16, 20, 3136, true},
-        Layout{DType::bf16, 8, 3136, false}, Layout{DType::f32, 8, 3136, false}}) {
-    const BatchNormShape shape{l.dtype, 16, l.channels, l.spatial, l.channels_last};
+       {Layout{DType::bf16, 16, 64, 784, true}, Layout{DType::f32, 16, 64, 784, true},
+        Layout{DType::bf16, 16, 256, 784, true}, Layout{DType::bf16, 16, 20, 3136, true},
+        Layout{DType::bf16, 16, 8, 3136, false}, Layout{DType::f32, 16, 8, 3136, false},
+        // Planes that are no whole vectors, smaller and larger than what a block has of a row.
+        Layout{DType::bf16, 256, 64, 49, false}, Layout{DType::f32, 256, 32, 49, false},
+        Layout{DType::bf16, 64, 16, 1225, false}}) {
+    const BatchNormShape shape{l.dtype, l.samples, l.channels, l.spatial, l.channels_last};
     const double bytes = static_cast<double>(shape.numel()) * (l.dtype == DType::f32 ? 4 : 2);
     const double bits = static_cast<double>(shape.mask_bytes());
     Buffer x(l.dtype, shape.numel(), 0), residual(l.dtype, shape.numel(), 0),
@@ -299,8 +315,9 @@ void traffic() {
       simt::reset_launches();
       launch();
       char name[100];
-      std::snprintf(name, sizeof(name), "%s %s (16, %lld, %lld) %s", pass, name_of(l.dtype),
-                    static_cast<long long>(l.channels), static_cast<long long>(l.spatial),
+      std::snprintf(name, sizeof(name), "%s %s (%lld, %lld, %lld) %s", pass, name_of(l.dtype),
+                    static_cast<long long>(l.samples), static_cast<long long>(l.channels),
+                    static_cast<long long>(l.spatial),
                     l.channels_last ? "channels-last" : "contiguous");
       check_traffic(name, least);
     };
@@ -351,6 +368,7 @@ const Cases kCases = {
     {"parameters", parameters},
     {"walks", walks},
     {"means", means},
+    {"tails", tails},
     {"exact_statistics", exact_statistics},
     {"outliers", outliers},
     {"corners", corners},

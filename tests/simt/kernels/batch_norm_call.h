@@ -23,6 +23,7 @@ struct Config {
   bool reverse = false, frozen_gradient = false;
   int blocks = 0;
   double mean = 3;                           // in standard deviations
+  double offset = 0;                         // of every bias
   std::optional<gpu::SlabRegime> slab = {};  // with a single read
 
   std::string describe() const {
@@ -58,7 +59,7 @@ class Call {
       spread[at(k)] = random.uniform(0.5, 2);
       centre[at(k)] = random.uniform(-1, 1) * c.mean * spread[at(k)];
       weight.set(k, random.uniform(-1.5, 1.5));
-      bias.set(k, random.uniform(-1, 1));
+      bias.set(k, c.offset + random.uniform(-1, 1));
       running_mean.set(k, random.uniform(-3, 3));
       running_var.set(k, random.uniform(0.5, 2));
     }
@@ -83,7 +84,7 @@ class Call {
   }
   // Where the bit of element i is.
   int64_t bit(int64_t i) const {
-    if (shape.channels_last) return i;
+    if (shape.by_rows()) return i;
     const int64_t plane = (c.spatial + 7) / 8 * 8;
     return i / c.spatial * plane + i % c.spatial;
   }
