@@ -196,6 +196,20 @@ def check_images_of_different_sizes() -> None:
     assert_near(y.view(1, 3, -1), expected.split(lengths, dim=2)[rank()])
 
 
+def check_two_dimensions() -> None:
+    """(N, C), as behind a linear layer."""
+    case = random_case(torch.randn(9, 5) * 2 + 3, activation="relu").with_decided_signs()
+    case.check(run_shared(case, sizes(9, "uneven")))
+
+
+def check_a_group_of_one() -> None:
+    """The plain op, which waits for nobody."""
+    groups = [dist.new_group([process]) for process in range(dist.get_world_size())]
+    x = torch.randn(3 + rank(), 5, 4, 4, dtype=torch.float64)
+    y = batch_norm_act(x, None, None, training=True, process_group=groups[rank()])
+    assert_near(y, batch_norm_act(x, None, None, training=True))
+
+
 def check_nothing_anywhere() -> None:
     x = torch.empty(0, 3, 4, 4, requires_grad=True)
     mean, var = torch.full((3,), 0.5), torch.full((3,), 2.0)

@@ -552,7 +552,7 @@ def _random_shape(generator: torch.Generator) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_fuzz_with_guard_bands(seed: int) -> None:
+def test_fuzz_with_guard_bands(seed: int, capability: str) -> None:
     """B: 100 random calls, each tensor inside NaN margins of its own layout and alignment, outputs
     in poisoned memory: rule R holds and no input, margin or gap is written to."""
     generator = torch.Generator().manual_seed(seed)

@@ -19,7 +19,14 @@ from tests.ops.batch_norm_oracle import (
     run_ops,
     run_phases,
 )
-from tests.tensors import exact_batch, in_layout, lazy_zeros, ulps_apart
+from tests.tensors import (
+    DENSE_LAYOUTS,
+    STRANGE_LAYOUTS,
+    exact_batch,
+    in_layout,
+    lazy_zeros,
+    ulps_apart,
+)
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -167,6 +174,15 @@ def check_exact(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None
     unbiased = (var * (count / (count - 1))).to(wide)
     assert (ulps_apart(running_var, unbiased) <= ulps).all(), f"running_var of {label}"
     assert torch.equal(out["grad_bias"], (mean * count).to(wide)), f"grad_bias of {label}"
+    # The terms of grad_weight are rounded: xhat and the product, and their sum as rule R allows.
+    # One of the million terms of the largest case that is left out, or 1 % of them, is more.
+    column = (1, -1, *[1] * (x.dim() - 2))
+    xhat = (values.double() - mean.view(column)) * torch.rsqrt(var + case.eps).view(column)
+    terms = values.flip(0).double() * xhat
+    dims = [0, *range(2, x.dim())]
+    error = (out["grad_weight"].double() - terms.sum(dims)).abs()  # type: ignore[union-attr]
+    unit = 2.0**-24 if wide == torch.float32 else 2.0**-49
+    assert (error <= 8 * unit * terms.abs().sum(dims)).all(), f"grad_weight of {label}"
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -204,10 +220,10 @@ def test_channel_tail(C: int, dtype: torch.dtype, layout: str, capability: str) 
     [(37, 6), (4, 6, 11), (2, 1, 13), (3, 5, 2, 3, 7), (2, 16, 1, 1), (1, 9, 1, 8), (7, 1, 3, 3)],
     ids=str,
 )
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", [*DENSE_LAYOUTS, *STRANGE_LAYOUTS])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dimensions(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
-    """A: (N,C), (N,C,L), 4-D and 5-D, and single channels and pixels."""
+    """A, B: exact data in all layouts: (N,C), (N,C,L), 4-D and 5-D, single channels and pixels."""
     check_exact(shape, dtype, layout)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from resops.reference import conv_bn_act as phases
 from resops.reference.activation import activate
 from resops.reference.batch_norm import batch_norm_backward_reduce
+from tests.tensors import in_layout
 
 GEOMETRIES = [
     # kernel, stride, padding, dilation
@@ -163,3 +164,32 @@ def test_fake_outputs_are_channels_last_and_of_the_right_size(sizes: tuple[int, 
     assert grad_weight.shape == weight.shape
     for t in (y, g, grad_weight):
         assert t.movedim(1, -1).is_contiguous()
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "padded_contiguous"])
+@pytest.mark.parametrize("phase", ["forward", "backward_data", "backward_weight"])
+def test_opcheck(phase: str, layout: str) -> None:
+    """F: schema, autograd registration, fake kernel with its strides, AOT dispatch; dtypes and
+    kernels, by Winograd's algorithm, as a product of matrices and by the library, take turns."""
+    turn = ("contiguous", "channels_last", "padded_contiguous").index(layout)
+    turn += ("forward", "backward_data", "backward_weight").index(phase)
+    dtype = (torch.float32, torch.bfloat16, torch.float16, torch.float64)[turn % 4]
+    kernel, padding = ((3, 1), (1, 0), (2, 1))[turn % 3]
+    x = in_layout(torch.randn(2, 16, 9, 8).to(dtype), layout)
+    weight = (torch.randn(12, 16, kernel, kernel) / 12).to(dtype)
+    geometry = ([1, 1], [padding, padding], [1, 1])
+    grad_y = torch.randn_like(phases.convolution(x, weight, None, 1, padding, 1, 1))
+    vectors = [torch.rand(16, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(4)]
+    before = (*vectors[:2], "relu", 0.0)
+    arguments = {
+        "forward": ([x], *before, weight, None, None, "identity", 0.0, *geometry, True),
+        "backward_data": (
+            *(grad_y, weight, list(x.shape), x, *before),
+            *(*vectors[2:], None, *geometry),
+        ),
+        "backward_weight": (grad_y, [x], *before, list(weight.shape), *geometry),
+    }[phase]
+    op = getattr(torch.ops.resops, f"conv_bn_act_{phase}").default
+    result = torch.library.opcheck(op, arguments)
+    assert len(result) == 4 and all(v == "SUCCESS" for v in result.values()), result

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -143,6 +144,28 @@ def test_functorch_grad() -> None:
         expected = torch.autograd.grad(loss(*leaves), leaves)
     for ours, theirs in zip(torch.func.grad(loss, (0, 1))(x, alpha), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_forward_mode(grad: bool) -> None:
+    """F: forward-mode AD, with a learned weight as well: PyTorch's own ops compute."""
+    x, residual, tangent = torch.randn(3, 2, 3, 4)
+    alpha, tangent_of_alpha = torch.rand(2), torch.randn(2)
+
+    def stock(x: Tensor, alpha: Tensor) -> Tensor:
+        return torch.relu(alpha.view(2, 1, 1) * x + (1 - alpha.view(2, 1, 1)) * residual)
+
+    def ours(x: Tensor, alpha: Tensor) -> Tensor:
+        return residual_add(x, residual, alpha, "complement", activation="relu")
+
+    results = []
+    for f in (ours, stock):
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            y = f(forward_ad.make_dual(x, tangent), forward_ad.make_dual(alpha, tangent_of_alpha))
+            results.append(tuple(forward_ad.unpack_dual(y)))
+    for a, b in zip(*results, strict=True):
+        assert a is not None
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -292,6 +315,8 @@ def test_saved_weights_are_those_that_backward_reads() -> None:
 # ---- opcheck and torch.compile ------------------------------------------------------------------
 
 
+# Wherever an argument requires grad, torch warns that the op has no derivative.
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @pytest.mark.parametrize(
     ("weighting", "activation", "layout", "shape"),
     [
@@ -304,16 +329,29 @@ def test_saved_weights_are_those_that_backward_reads() -> None:
         ("constants", "gelu", "contiguous", (5,)),
     ],
 )
-def test_opcheck(weighting: str, activation: str, layout: str, shape: tuple[int, ...]) -> None:
-    """Schema, fake kernels with their strides, autograd registration, AOT dispatch."""
-    x = torch.randn(shape) if len(shape) == 1 else in_layout(torch.randn(shape), layout)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(
+    weighting: str, activation: str, layout: str, shape: tuple[int, ...], requires_grad: bool
+) -> None:
+    """F: schema, fake kernels with their strides, autograd registration, AOT dispatch; dtypes
+    take turns."""
+    ops = torch.ops.resops
+    turn = ACTIVATIONS.index(activation) + len(shape) + 2 * requires_grad
+    dtype = (torch.float64, torch.float32, torch.bfloat16, torch.float16)[turn % 4]
+    x = torch.randn(shape).to(dtype)
+    x = x if len(shape) == 1 else in_layout(x, layout)
     case = random_case(x, weighting, activation=activation)
     arguments = op_arguments(case)
-    ops = torch.ops.resops
-    torch.library.opcheck(ops.residual_add_forward.default, tuple(arguments.values()))
     y, mask = ops.residual_add_forward(*arguments.values())
+    if requires_grad:
+        for t in arguments.values():
+            if isinstance(t, Tensor):
+                t.requires_grad_()
+    result = torch.library.opcheck(ops.residual_add_forward.default, tuple(arguments.values()))
+    assert len(result) == 4 and all(v == "SUCCESS" for v in result.values()), result
     wanted = [True, True, *(arguments[name] is not None for name in ("alpha", "beta"))]
-    backward = (torch.randn_like(y), x, case.residual, *list(arguments.values())[2:7], mask)
+    grad_y = torch.randn_like(y)
+    backward = (grad_y, x, case.residual, *list(arguments.values())[2:7], mask)
     for output_mask in (wanted, [False, not wanted[2], wanted[2], False], [False] * 4):
         torch.library.opcheck(
             ops.residual_add_backward.default,

@@ -22,6 +22,7 @@ from tests.gpu.device_ops import DeviceOps
 from tests.ops import batch_norm_act_max_pool_oracle as pool_oracle
 from tests.ops import batch_norm_oracle, dense_block_cases, residual_add_oracle
 from tests.ops import dense_block_phases_oracle as dense_block_oracle
+from tests.ops.conv_bn_act_bad_calls import FORWARD, Bad, good_forward
 from tests.tensors import LAYOUTS, exact_batch, guarded, in_layout, ulps_apart
 
 from . import emulated_ops, emulator
@@ -306,99 +307,22 @@ def test_conv_bn_act_empty(ops: Any) -> None:
     assert torch.equal(mean, torch.zeros(16)) and torch.equal(var, torch.zeros(16))
 
 
-VALUE, RUNTIME, MISSING = ValueError, RuntimeError, NotImplementedError
-HALF = torch.float16
+REFUSED_ON_A_GPU = {
+    "fp32": Bad(
+        {"inputs": [torch.ones(2, 8, 5, 5)], "conv_weight": torch.ones(4, 8, 3, 3)},
+        NotImplementedError,
+        "not implemented for 'Float' by the CUDA kernels",
+    ),
+    "too large": Bad({"padding": [2**29, 1]}, NotImplementedError, "too large for the CUDA"),
+}
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"inputs": []}, VALUE, "inputs should have at least one tensor"),
-        ({"inputs": [torch.ones(2, 8, dtype=HALF)]}, VALUE, r"inputs\[0\] of size \[2, 8\]"),
-        (
-            {"inputs": [torch.ones(2, 4, 5, 5, dtype=HALF), torch.ones(2, 4, 5, 6, dtype=HALF)]},
-            RUNTIME,
-            r"inputs\[1\] should have the size .* but for the channels",
-        ),
-        (
-            {"inputs": [torch.ones(2, 4, 5, 5, dtype=HALF), torch.ones(2, 4, 5, 5)]},
-            RUNTIME,
-            r"inputs\[1\] should have the dtype",
-        ),
-        ({"inputs": [torch.ones(2, 8, 5, 5).int()]}, MISSING, "not implemented for 'Int'"),
-        ({"scale": torch.ones(8)}, VALUE, "scale and shift must either both be None"),
-        (
-            {"scale": torch.ones(7), "shift": torch.ones(8)},
-            RUNTIME,
-            "scale should contain 8 elements not 7",
-        ),
-        (
-            {"scale": torch.ones(8), "shift": torch.ones(8).half()},
-            RUNTIME,
-            "shift should have dtype Float",
-        ),
-        ({"prologue": "relu"}, VALUE, "prologue should be 'identity' without scale"),
-        ({"prologue": "tanh"}, VALUE, "activation must be one of .* but got 'tanh'"),
-        ({"conv_weight": torch.ones(4, 8, 3, 3)}, RUNTIME, "conv_weight should have the dtype"),
-        (
-            {"conv_weight": torch.ones(4, 7, 3, 3, dtype=HALF)},
-            RUNTIME,
-            "expects an input with 7 channels, but got 8",
-        ),
-        (
-            {"conv_weight": torch.ones(4, 8, 3, dtype=HALF)},
-            RUNTIME,
-            "conv_weight should have size .* with 2 kernel dimensions",
-        ),
-        (
-            {"conv_weight": torch.ones(0, 8, 3, 3, dtype=HALF)},
-            RUNTIME,
-            "conv_weight should have sizes of at least 1",
-        ),
-        (
-            {"conv_weight": torch.ones(4, 8, 9, 3, dtype=HALF)},
-            RUNTIME,
-            "Kernel size can't be greater than actual input size",
-        ),
-        ({"conv_bias": torch.ones(5)}, RUNTIME, "conv_bias should contain 4 elements not 5"),
-        ({"conv_bias": torch.ones(4).double()}, RUNTIME, "mixed dtype: expect conv_bias"),
-        (
-            {"residual": torch.ones(2, 4, 5, 4, dtype=HALF)},
-            RUNTIME,
-            r"residual should have the size \[2, 4, 5, 5\]",
-        ),
-        ({"residual": torch.ones(2, 4, 5, 5)}, RUNTIME, "residual should have the dtype Half"),
-        ({"activation": "swish"}, VALUE, "activation must be one of .* but got 'swish'"),
-        ({"stride": [1]}, RUNTIME, "expected stride to be a list of 2 values"),
-        ({"stride": [1, 0]}, RUNTIME, "stride should be at least 1"),
-        ({"padding": [-1, 1]}, RUNTIME, "padding should be at least 0"),
-        ({"padding": [2**62, 1]}, RUNTIME, "padding should be at least 0 and at most"),
-        ({"dilation": [1, 0]}, RUNTIME, "dilation should be at least 1"),
-        ({"statistics": True, "activation": "relu"}, VALUE, "activation should be 'identity'"),
-        (
-            {"statistics": True, "residual": torch.ones(2, 4, 5, 5, dtype=HALF)},
-            VALUE,
-            "residual should be None",
-        ),
-        (
-            {"inputs": [torch.ones(2, 8, 5, 5)], "conv_weight": torch.ones(4, 8, 3, 3)},
-            MISSING,
-            "not implemented for 'Float' by the CUDA kernels",
-        ),
-        (
-            {"padding": [2**29, 1]},
-            MISSING,
-            "too large for the CUDA kernels",
-        ),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_conv_bn_act_refusals(
-    ops: Any, changes: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    x = torch.ones(2, 8, 5, 5, dtype=HALF)
-    arguments = ConvCase([x], 4, GEOMETRIES[1]).arguments | changes
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize("name", [*FORWARD, *REFUSED_ON_A_GPU])
+def test_conv_bn_act_refusals(ops: Any, name: str) -> None:
+    """The checks of the CPU, and what the CUDA kernels do not take."""
+    bad = {**FORWARD, **REFUSED_ON_A_GPU}[name]
+    arguments = good_forward() | bad.changes
+    with pytest.raises(bad.error, match=bad.message):
         ops.conv_bn_act_forward(*arguments.values())
 
 
