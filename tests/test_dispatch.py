@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def tensor_on(device: str, dtype: torch.dtype = torch.float32) -> Any:
     """As much of a tensor as the choice looks at."""
-    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, is_cpu=device == "cpu")
 
 
 def built(architectures: str, monkeypatch: pytest.MonkeyPatch) -> None:
