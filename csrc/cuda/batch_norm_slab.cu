@@ -1,6 +1,7 @@
 // Launchers of batch_norm with a single read: how wide a slab is, and how many blocks share it.
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "batch_norm_slab.cuh"
 #include "dispatch.h"
@@ -192,7 +193,9 @@ void launch_batch_norm_slab_backward(const BatchNormShape& shape, const BatchNor
                    out.factor, static_cast<T*>(out.grad_x), static_cast<T*>(out.grad_residual),
                    workspace);
     };
-    if constexpr (act() == Activation::identity) {
+    if constexpr (!slab_backward_takes(act())) {
+      throw std::invalid_argument("resops: the backward slabs do not take this activation");
+    } else if constexpr (act() == Activation::identity) {
       launch(Constant<false>{});
     } else {
       dispatch_bool(with_residual, launch);

@@ -45,6 +45,9 @@ void launch_batch_norm_slab_forward(const BatchNormShape& shape, const BatchNorm
                                     const BatchNormStatistics& statistics,
                                     const BatchNormApply& call, float* workspace, Stream stream);
 
+// Not gelu: its derivative takes more registers than a thread has beside what it keeps here.
+constexpr bool slab_backward_takes(Activation activation) { return activation != Activation::gelu; }
+
 // backward_reduce and backward_apply; the sums of `out` are not read, but null for frozen
 // statistics.
 void launch_batch_norm_slab_backward(const BatchNormShape& shape, const BatchNormSlabs& slabs,

@@ -336,7 +336,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const double factor = 1.0 / static_cast<double>(std::max<int64_t>(call.shape.count(), 1));
   const Tensor sum_grad = training ? grads.sum_grad() : Tensor(),
                sum_grad_xhat = training ? grads.sum_grad_xhat() : Tensor();
-  if (grads.needed() && (need_x || need_residual)) {
+  if (grads.needed() && (need_x || need_residual) && slab_backward_takes(act)) {
     if (const auto slabs = slabs_for(call.shape, call.tensors())) {
       auto [grad_x, grad_residual] =
           call.at_once(*slabs, grads.sums(), training, factor, need_x, need_residual);

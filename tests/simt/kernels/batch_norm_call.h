@@ -295,7 +295,8 @@ class Call {
       sums.grad_bias = grad_bias.data();
       sums.grad_weight = grad_weight.data();
     }
-    if (c.slab) {
+    const bool slab = c.slab && gpu::slab_backward_takes(c.activation);
+    if (slab) {
       run_slab_backward(call, sums, {});
     } else {
       gpu::launch_batch_norm_backward_reduce(shape, call, workspace.as<float>(), sums, nullptr);
@@ -317,7 +318,7 @@ class Call {
                                     c.residual ? grad_residual.data() : nullptr};
       if (!c.training) out.sum_grad = out.sum_grad_xhat = nullptr;
       if (!want_x && !c.residual) break;
-      if (c.slab) {
+      if (slab) {
         run_slab_backward(call, {}, out);
       } else {
         gpu::launch_batch_norm_backward_apply(shape, call, out, {c.reverse, c.blocks}, nullptr);
