@@ -332,6 +332,94 @@ def only_what_is_asked_for() -> None:
                 assert torch.equal(grad, full) if want else grad.shape == (0,)
 
 
+def ragged_batches() -> None:
+    """A: batches around powers of two, and rows around vectors: exact data, exact statistics."""
+    around = itertools.product((1023, 1024, 1025, 2047, 2048, 2049, 4096), ((3, 3), (7, 7)))
+    tails = itertools.product((1, 3, 16), ((1, 1), (1, 3), (5, 1), (5, 7), (7, 7)))
+    sizes = [*around, *((max(N, 2), spatial) for N, spatial in tails)]
+    for i, (N, spatial) in enumerate(sizes):
+        x, mean, var = exact_batch((N, 2, *spatial))
+        ours = kernels.batch_norm_statistics(in_layout(x, ("contiguous", "channels_last")[i % 2]))
+        for got, expected in zip(ours, (mean, var), strict=True):
+            assert (ulps_apart(got, expected.float()) <= 8).all(), (N, spatial)
+
+
+def large_batch() -> None:
+    """A: more samples than a launch once could have."""
+    for N in (65535, 65537, 131073):
+        x, mean, var = exact_batch((N, 1))
+        y, got, invstd, _ = kernels.batch_norm_forward(
+            x, None, None, None, None, None, True, 0.1, 1e-5, "identity", 0.0
+        )
+        assert (ulps_apart(got, mean.float()) <= 8).all()
+        torch.testing.assert_close(y, (x - got) * invstd)
+        torch.testing.assert_close(invstd.double(), torch.rsqrt(var + 1e-5), rtol=1e-6, atol=0)
+
+
+def offsets_beyond_int32() -> None:
+    """A: few elements, but stride * index > 2^31."""
+    step = 2**30 + 12345
+    memory = lazy_zeros(2 * step + 1000, torch.bfloat16)
+    far = memory.as_strided((3, 2, 5, 4), (step, 3, 40, 7))
+    case = random_case(torch.randn(3, 2, 5, 4).bfloat16(), residual=True, activation="relu")
+    for name in ("x", "residual", "grad_y"):
+        far.copy_(getattr(case, name))
+        check(replace(case, **{name: far}))
+
+
+def large_fp16_values_and_counts() -> None:
+    """B: |x| up to 6e4 and more values than the largest float16: finite statistics."""
+    x = ((2 * torch.rand(2, 2, 230, 230) - 1) * 6e4).half()
+    for name, t in check(random_case(in_layout(x, "channels_last"))).items():
+        assert t is None or t.isfinite().all(), name
+
+
+def small_variances() -> None:
+    """B: eps is inside the root, and added in float32: 1e-5 is subnormal in float16."""
+    for dtype in DTYPES:
+        x = (torch.randn(8, 5, 6) * 3e-3).to(dtype)
+        for parameters in {torch.float32, dtype}:
+            check(random_case(x, parameter_dtype=parameters))
+    case = random_case(torch.randn(8, 5, 6), training=False, eps=1e-3)
+    check(replace(case, running_var=torch.full((5,), 1e-3)))
+
+
+def momenta() -> None:
+    """B: few values per channel, so that n / (n - 1) is far from 1."""
+    for momentum in (0.0, 0.1, 1.0, -1.2):
+        check(random_case(torch.randn(3, 5, 1, 2) + 4, momentum=momentum))
+
+
+def weights_and_signs() -> None:
+    """B: weights of 0 and below; a residual that turns the sign of what was normalised."""
+    for activation in ACTIVATIONS:
+        case = random_case(torch.randn(3, 6, 5), negative_slope=0.5)
+        case = replace(case, weight=torch.tensor([0.0, 1.0, -0.0, -1.0, -0.5, 0.7]))
+        z = torch.from_numpy(case.exact()["y"].value)
+        check(replace(case, residual=-2 * z.float(), activation=activation))
+
+
+def evaluation_in_both_layouts() -> None:
+    """C: the same data, the same bits."""
+    for dtype in DTYPES:
+        case = random_case(torch.randn(3, 17, 5, 3).to(dtype), training=False, activation="relu")
+        other = replace(case, x=in_layout(case.x, "channels_last"))
+        for name in ("y", "grad_x"):
+            a, b = run(case)[name], run(other)[name]
+            assert a is not None and b is not None and torch.equal(a, b), (name, dtype)
+
+
+def singletons() -> None:
+    """C: NC11, N1HW and 11HW, cut out of larger tensors, whose strides mean nothing."""
+    for i, shape in enumerate([(6, 5, 1, 1), (6, 1, 4, 3), (1, 1, 4, 3), (1, 5, 1, 4)]):
+        N, C, H, W = shape
+        for format in (torch.contiguous_format, torch.channels_last):
+            larger = torch.full((N + 1, C + 2, H + 2, W + 3), math.nan)
+            larger = larger.contiguous(memory_format=format)
+            x = larger[1:, 1 : C + 1, 1 : H + 1, 2 : W + 2].copy_(torch.randn(shape))
+            check(random_case(x, residual=bool(i % 2), activation="relu"))
+
+
 def refused() -> None:
     x, c = torch.ones(2, 3, 4), torch.ones(3)
 
@@ -399,6 +487,15 @@ CALLS |= {
         same_bits_every_time,
         empty_and_one,
         only_what_is_asked_for,
+        ragged_batches,
+        large_batch,
+        offsets_beyond_int32,
+        large_fp16_values_and_counts,
+        small_variances,
+        momenta,
+        weights_and_signs,
+        evaluation_in_both_layouts,
+        singletons,
         refused,
     )
 }

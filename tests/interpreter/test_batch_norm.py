@@ -25,6 +25,15 @@ NAMES = [
     "same_bits_every_time",
     "empty_and_one",
     "only_what_is_asked_for",
+    "ragged_batches",
+    "large_batch",
+    "offsets_beyond_int32",
+    "large_fp16_values_and_counts",
+    "small_variances",
+    "momenta",
+    "weights_and_signs",
+    "evaluation_in_both_layouts",
+    "singletons",
     "refused",
 ]
 
