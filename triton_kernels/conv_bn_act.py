@@ -213,7 +213,7 @@ def conv_bn_act_forward(
     if y.numel() == 0:
         return y, mean, var
     shape = tiles.ShapeClass.of("forward", conv.pointwise, scale is not None, conv.filters)
-    tile = tiles.choose(x.device, x.dtype, shape)
+    tile = tiles.choose(x.device, x.dtype, _precision(x.dtype), shape)
     slices = _slices(inputs)
     blocks, whole = _depth_flags(slices[2], tile)
     rows = conv.batch * conv.out_size[0] * conv.out_size[1]
@@ -361,7 +361,7 @@ def conv_bn_act_backward_data(
     if g.numel() == 0:
         return g, sums[0], sums[1]
     shape = tiles.ShapeClass.of("backward_data", conv.pointwise, x is not None, conv.channels)
-    tile = tiles.choose(g.device, g.dtype, shape)
+    tile = tiles.choose(g.device, g.dtype, _precision(g.dtype), shape)
     grads, grad_step = by_pixel(grad_y)
     blocks, whole = _depth_flags((conv.filters,), tile)
     value, value_step = (None, 0) if x is None else by_pixel(x)
@@ -478,7 +478,7 @@ def conv_bn_act_backward_weight(
         return grad.zero_()
     # Operand A is x, transposed: its channels are the rows.
     shape = tiles.ShapeClass.of("backward_weight", conv.pointwise, scale is not None, conv.filters)
-    tile = tiles.choose(x.device, x.dtype, shape)
+    tile = tiles.choose(x.device, x.dtype, _precision(x.dtype), shape)
     grads, grad_step = by_pixel(grad_y)
     slices = _slices(inputs)
     channel_blocks = sum(triton.cdiv(width, tile.rows) for width in slices[2])

@@ -221,11 +221,11 @@ class _Walk:
     tile_cols: int
 
     @classmethod
-    def of(cls, t: Tensor, channels: int) -> _Walk:
+    def of(cls, t: Tensor, channels: int, tile: int = _TILE) -> _Walk:
         """Of the rows of ``t``, not empty, and so many channels."""
         rows = t.size(0) * t.size(2) * t.size(3)
         cols = min(triton.next_power_of_2(channels), _MAX_COLUMNS)
-        return cls(rows, channels, min(triton.next_power_of_2(rows), _TILE // cols), cols)
+        return cls(rows, channels, min(triton.next_power_of_2(rows), tile // cols), cols)
 
     @property
     def blocks(self) -> int:
@@ -387,7 +387,9 @@ def dense_block_gradient(
         return (None, 0) if t is None else by_pixel(t[:, begin:end])
 
     (g, grad_stride), (x, x_stride), (total, sum_stride) = map(of_slice, (grad_y, buffer, grad_sum))
-    walk = _Walk.of(out, channels)
+    # Beside 16 bits a sum in float32 takes the registers of half a tile.
+    wide_sum = total is not None and total.element_size() > out.element_size()
+    walk = _Walk.of(out, channels, _TILE // 2 if wide_sum else _TILE)
     grid, flags = walk.elementwise()
     with device_of(buffer):
         dense_block_gradient_kernel[grid](

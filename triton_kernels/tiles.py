@@ -135,6 +135,11 @@ def heuristic(dtype: torch.dtype, shape: ShapeClass) -> Tile:
     return Tile(128, shape.columns, 32, 8, 3)
 
 
+def without_tensor_cores(shape: ShapeClass) -> Tile:
+    """A tile for products in float32: their operands are in registers, of which 32 deep spill."""
+    return Tile(128, min(shape.columns, 64), 16, 8, 3)
+
+
 def capability_of(device: torch.device) -> int:
     """90 for sm_90; of a CPU, for the interpreter, 0."""
     if device.type != "cuda":
@@ -157,13 +162,16 @@ def forced(tile: Tile) -> Iterator[None]:
         _forced = before
 
 
-def choose(device: torch.device, dtype: torch.dtype, shape: ShapeClass) -> Tile:
-    """The tile for a call."""
+def choose(device: torch.device, dtype: torch.dtype, precision: str, shape: ShapeClass) -> Tile:
+    """The tile for a call. ``precision`` of products: "ieee" of float32 is without tensor cores."""
     if _forced is not None:
         return _forced
     key = (_capability(device), 8 * dtype.itemsize, str(shape))
-    found = _users_table().get(key) or TABLE.get(key)
-    return found or heuristic(dtype, shape)
+    if found := _users_table().get(key):
+        return found
+    if dtype == torch.float32 and precision == "ieee":
+        return without_tensor_cores(shape)
+    return TABLE.get(key) or heuristic(dtype, shape)
 
 
 _capability = functools.cache(capability_of)

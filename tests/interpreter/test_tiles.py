@@ -35,7 +35,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def chosen() -> Any:
     tiles._users_table.cache_clear()
-    return tiles.choose(CPU, torch.bfloat16, SHAPE)
+    return tiles.choose(CPU, torch.bfloat16, "ieee", SHAPE)
 
 
 def test_class_of_a_shape() -> None:
@@ -56,7 +56,9 @@ def test_a_written_table_is_used(path: Path) -> None:
     assert chosen() == tiles.heuristic(torch.bfloat16, SHAPE)
     tiles.write_table(path, {KEY: TILE})
     assert chosen() == TILE and tiles.read_table(path) == {KEY: TILE}
-    assert tiles.choose(CPU, torch.float32, SHAPE) == tiles.heuristic(torch.float32, SHAPE)
+    fp32 = torch.float32
+    assert tiles.choose(CPU, fp32, "tf32", SHAPE) == tiles.heuristic(fp32, SHAPE)
+    assert tiles.choose(CPU, fp32, "ieee", SHAPE) == tiles.without_tensor_cores(SHAPE)
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     tiles.write_table(path, {})
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file stays
@@ -113,7 +115,9 @@ def test_a_corrupt_or_foreign_table_is_ignored(path: Path, text: str, reason: st
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tiles.choose(CPU, torch.bfloat16, SHAPE) == tiles.heuristic(torch.bfloat16, SHAPE)
+        assert tiles.choose(CPU, torch.bfloat16, "ieee", SHAPE) == tiles.heuristic(
+            torch.bfloat16, SHAPE
+        )
 
 
 def test_the_well_formed_text_is_accepted(path: Path) -> None:

@@ -117,13 +117,20 @@ MUTANTS: list[Mutant] = [
     # ---- conv_bn_act: forward -------------------------------------------------------------------
     bug(
         "Triton: padding does not stay zero under the prologue",
-        Edit(CONV, "tl.where(inside[:, None], a, 0.0)", "a"),
+        Edit(CONV, "tl.where(read[:, None], a, 0.0)", "a"),
+        conv("geometry-1x1_padded"),
+    ),
+    bug(
+        "Triton: the table of what is inside leaves the padding out",
+        Edit(CONV, "tl.where(across, padding_width, padding_height)", "0"),
         conv("geometry-1x1_padded"),
     ),
     bug(
         "Triton: stride applied to the padding too",
         Edit(
-            CONV, "top * stride_height - padding_height", "(top - padding_height) * stride_height"
+            CONV,
+            "out_y * stride_height - padding_height",
+            "(out_y - padding_height) * stride_height",
         ),
         conv("geometry-3x3_stride_2"),
     ),
@@ -198,7 +205,7 @@ MUTANTS: list[Mutant] = [
     ),
     bug(
         "Triton: padding is not zero in the gradient of the weight",
-        Edit(CONV, "tl.where(inside[None, :], a, 0.0)", "a"),
+        Edit(CONV, "tl.where(read[None, :], a, 0.0)", "a"),
         conv("geometry-1x1_padded"),
     ),
     bug(
