@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
           Weights own = row;
-          if constexpr (is_short()) {
+          if constexpr (decltype(is_short)::value) {
             if (i < count) own = Weights::of_element(weights, w, place.offset + i);
           }
           const WeightValues s = own.at(v[kTensors - 2][i], v[kTensors - 1][i]);
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int i = 0; i < kVec; ++i) {
           Weights own = row;
           bool of_row = i < count;
-          if constexpr (is_short()) {
+          if constexpr (decltype(is_short)::value) {
             if (i < count) own = Weights::of_element(weights, w, place.offset + i);
             of_row = of_row && place.offset + i < cursor.row_end;
           }
