@@ -20,6 +20,7 @@ SHARED = {
         "conv_bn_act_convolution",
         "conv_bn_act_gpu",
         "conv_bn_act_phases",
+        "conv_bn_act_slices",
         "convolution",
         "convolution_table",
         "dense_block_passes",

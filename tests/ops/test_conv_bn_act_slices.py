@@ -14,7 +14,7 @@ from bench.session import saved_bytes
 from resops.models import UNet
 from resops.nn import BatchNormAct2d
 from resops.nn.conv_bn_act import conv_norm_act
-from resops.ops.conv_bn_act_convolution import convolution_of_slices
+from resops.ops.conv_bn_act_slices import convolution_of_slices
 from tests.dispatch import counted_calls
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
