@@ -16,6 +16,7 @@ from ..nn.dense_block import DenseBlockCall
 from ..nn.norm_layers import NormThenAct
 from ..ops import conv_bn_act
 from . import layers
+from .dense_blocks import WholeStep
 from .fusing import fuse_report, fused_blocks, join
 from .report import FuseReport
 from .steps import FOLDED, AnyStep, Step
@@ -88,7 +89,8 @@ class _Listener:
             return
         name, block, steps = self.running[-1]
         steps.append(step)
-        reasons = (_why(path, x), _convolution(block, step, path, x))
+        fallback = step.why if isinstance(step, WholeStep) else ""
+        reasons = dict.fromkeys((fallback, _why(path, x), _convolution(block, step, path, x)))
         why = "; ".join(filter(None, reasons))
         self.paths.append(Path(join(name, *step.place), step.pattern, path, why))
 

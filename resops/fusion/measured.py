@@ -25,6 +25,7 @@ class LeastPixels(NamedTuple):
 
 DENSE_BLOCK = LeastPixels(1000, 1500)
 DENSE_LAYER = LeastPixels(1500, 9000)
+TRANSITION = LeastPixels(0, 0)
 
 
 def slower(least: LeastPixels, x: Tensor) -> str:

@@ -482,8 +482,10 @@ class Gradients:
             z = _read("backward_weight", self.call.inner, layer.conv1, x, statistics, apply)
             self._convolution(layer.conv1, at, z, grad_c)
         if self._reaches(at + _CONV_WEIGHT):
-            # Without the norm: its gradient goes into the sum over all consumers.
-            self._accumulate(index, layer.conv1, self._data(layer.conv1, Input(x), grad_c)[0])
+            # Without the norm: its gradient goes into the sum over all consumers. Of the input the
+            # size matters; a slice of the buffer is no dense image, which the library would take.
+            input = Input(self.workspace.view(channels))
+            self._accumulate(index, layer.conv1, self._data(layer.conv1, input, grad_c)[0])
 
     def _through_norm(
         self,
