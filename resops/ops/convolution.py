@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -110,23 +110,41 @@ class Norm(NamedTuple):
 
 
 class Input:
-    """What is convolved: ``x`` itself, or, with a norm, ``x`` normalised and activated on load."""
+    """What is convolved: ``x`` itself, or, with a norm, ``x`` normalised and activated on load.
 
-    def __init__(self, x: Tensor, norm: Norm | None = None, value: Tensor | None = None) -> None:
-        self.x, self.norm, self._value = x, norm, x if norm is None else value
+    ``more`` are further channels of an ``x`` without a norm, side by side with it.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        norm: Norm | None = None,
+        value: Tensor | None = None,
+        more: Sequence[Tensor] = (),
+    ) -> None:
+        assert norm is None or not more
+        self.x, self.norm, self.slices = x, norm, [x, *more]
+        self._value = x if norm is None and not more else value
+
+    def size(self) -> list[int]:
+        """Of all channels."""
+        return [self.x.size(0), sum(t.size(1) for t in self.slices), *self.x.shape[2:]]
 
     def value(self, backend: str) -> Tensor:
-        """The normalised tensor, written to memory at the first call."""
-        if self._value is None:
+        """The normalised tensor, or all channels in one, written to memory at the first call."""
+        if self._value is None and self.norm is None:
+            self._value = torch.cat(self.slices, 1)
+        elif self._value is None:
             assert self.norm is not None
             weight, bias, mean, invstd, *act = self.norm
             apply = NAMESPACES[backend].batch_norm_apply
             self._value = apply(self.x, None, weight, bias, mean, invstd, *act)[0]
+        assert self._value is not None
         return self._value
 
     def without_value(self) -> Input:
-        """The same, where the normalised tensor is not needed any more."""
-        return Input(self.x, self.norm)
+        """The same, where the tensor that :meth:`value` made is not needed any more."""
+        return Input(self.x, self.norm, more=self.slices[1:])
 
     def prologue(self) -> tuple[Tensor | None, Tensor | None, str, float]:
         """scale, shift, activation and slope, as the fused phases take them."""
@@ -171,7 +189,8 @@ def _choose_on_cpu(backend: str, x: Tensor, weight: Tensor, geometry: Geometry) 
     resops' own: batch norm's pass over their input is made by batch norm.
     """
     stride, padding, dilation, groups = geometry
-    taken = native_geometry(x, weight, None, stride, padding, dilation, groups)
+    # x may be the first of several slices: the weight, which was checked, has their channels.
+    taken = native_geometry(x, weight, None, stride, padding, dilation, groups, weight.size(1))
     if backend != "native" or isinstance(taken, str):
         return LIBRARY
     return FUSED if tuple(weight.shape[2:]) == (3, 3) else PLAIN
@@ -193,7 +212,7 @@ def forward(
     if chosen == PLAIN:
         input, statistics = Input(input.value(backend)), False
     c, mean, var = NAMESPACES[backend].conv_bn_act_forward(
-        [input.x],
+        input.slices,
         *input.prologue(),
         weight,
         bias,
@@ -230,6 +249,11 @@ def _library_backward(
     return grads
 
 
+def _like(grad_c: Tensor, input: Input) -> Tensor:
+    """What stands for the input where only its size is asked for."""
+    return input.x if len(input.slices) == 1 else grad_c.new_empty(1).expand(input.size())
+
+
 def backward_weight(
     grad_c: Tensor,
     input: Input,
@@ -247,7 +271,7 @@ def backward_weight(
         "backward_weight", backend, wanted, input.x, weight, geometry, input.norm is not None
     )
     if chosen == LIBRARY:
-        x = input.value(backend) if needed[0] else input.x
+        x = input.value(backend) if needed[0] else _like(grad_c, input)
         mask = [False, needed[0], needed[1]]
         return _library_backward(grad_c, x, weight, bias, geometry, mask)[1:]
     if chosen == PLAIN:
@@ -255,7 +279,7 @@ def backward_weight(
     grad_weight = grad_bias = None
     if needed[0]:
         grad_weight = NAMESPACES[backend].conv_bn_act_backward_weight(
-            grad_c, [input.x], *input.prologue(), list(weight.shape), *geometry.lists()
+            grad_c, input.slices, *input.prologue(), list(weight.shape), *geometry.lists()
         )
     if needed[1]:
         grad_bias = grad_c.sum([0, *range(2, grad_c.dim())])
@@ -281,15 +305,16 @@ def backward_data(
     chosen = choose("backward_data", backend, wanted, x, weight, geometry, norm is not None)
     if chosen == LIBRARY:
         # Of the input this phase needs the size only.
+        x = _like(grad_c, input)
         g = _library_backward(grad_c, x, weight, None, geometry, [True, False, False])[0]
         assert g is not None
         return g if addend is None else g.add_(addend), None
     if chosen == PLAIN:
-        norm, input = None, Input(x)
+        norm, input = None, Input(x, more=input.slices[1:])
     g, sum_grad, sum_grad_xhat = NAMESPACES[backend].conv_bn_act_backward_data(
         grad_c,
         weight,
-        list(x.shape),
+        input.size(),
         None if norm is None else x,
         *input.prologue(),
         None if norm is None else norm.mean,
