@@ -157,7 +157,7 @@ def _fused(
     geometry = Geometry(size_tuple(stride, 2), pads, size_tuple(dilation, 2), groups)
     call = Call(geometry, "triton", phases.wanted_convolutions())
     chosen = {
-        phases.choose(phase, call.backend, call.wanted, input.like(), weight, geometry, False)
+        phases.choose(phase, call.backend, call.wanted, slices, weight, geometry, False)
         for phase in convolution_table.PHASES
     }
     if chosen == {phases.LIBRARY}:

@@ -164,7 +164,7 @@ def choose(
     phase: str,
     backend: str,
     wanted: str,
-    x: Tensor,
+    x: Tensor | Sequence[Tensor],
     weight: Tensor,
     geometry: Geometry,
     prologue: bool,
@@ -175,17 +175,21 @@ def choose(
         phase: "forward", "backward_data" or "backward_weight".
         backend: whose fused kernels are asked for.
         wanted: as :func:`convolutions` takes it.
+        x: one tensor, or several side by side along the channels.
         prologue: whether ``x`` is normalised on load.
     """
+    input = Input(x)
+    first, *_ = input.slices
     if wanted == LIBRARY or geometry.groups != 1:
         return LIBRARY
-    if _dispatch.refusal(backend, "conv_bn_act", x) is not None:
+    if _dispatch.refusal(backend, "conv_bn_act", first) is not None:
         return LIBRARY
     if wanted == FUSED:
         return FUSED
-    if x.device.type == "cpu":
-        return _choose_on_cpu(backend, x, weight, geometry)
-    faster = convolution_table.fused_is_faster(phase, backend, x, weight, geometry[:3], prologue)
+    if first.device.type == "cpu":
+        return _choose_on_cpu(backend, first, weight, geometry)
+    how = (weight, geometry[:3], prologue)
+    faster = convolution_table.fused_is_faster(phase, backend, input.like(), *how)
     return FUSED if faster else LIBRARY
 
 
@@ -196,7 +200,8 @@ def _choose_on_cpu(backend: str, x: Tensor, weight: Tensor, geometry: Geometry) 
     resops' own: batch norm's pass over their input is made by batch norm.
     """
     stride, padding, dilation, groups = geometry
-    taken = native_geometry(x, weight, None, stride, padding, dilation, groups)
+    # x may be the first of several slices: the weight, which was checked, has their channels.
+    taken = native_geometry(x, weight, None, stride, padding, dilation, groups, weight.size(1))
     if backend != "native" or isinstance(taken, str):
         return LIBRARY
     return FUSED if tuple(weight.shape[2:]) == (3, 3) else PLAIN
@@ -213,7 +218,7 @@ def forward(
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """The raw convolution, and its mean and variance where those cost nothing."""
     normed = input.norm is not None
-    chosen = choose("forward", backend, wanted, input.like(), weight, geometry, normed)
+    chosen = choose("forward", backend, wanted, input.slices, weight, geometry, normed)
     if chosen == LIBRARY:
         return convolution(input.value(backend), weight, bias, *geometry), None
     if chosen == PLAIN:
@@ -270,7 +275,7 @@ def backward_weight(
     if not any(needed):
         return None, None
     normed = input.norm is not None
-    chosen = choose("backward_weight", backend, wanted, input.like(), weight, geometry, normed)
+    chosen = choose("backward_weight", backend, wanted, input.slices, weight, geometry, normed)
     if chosen == LIBRARY:
         x = input.value(backend) if needed[0] else input.like()
         mask = [False, needed[0], needed[1]]
@@ -301,9 +306,9 @@ def backward_data(
     Where the input has a norm and the kernel is fused: that of the activation's argument, and the
     two sums of :func:`resops.reference.batch_norm.batch_norm_backward_reduce`.
     """
-    norm = input.norm
-    like = input.like()
-    chosen = choose("backward_data", backend, wanted, like, weight, geometry, norm is not None)
+    norm, like = input.norm, input.like()
+    normed = norm is not None
+    chosen = choose("backward_data", backend, wanted, input.slices, weight, geometry, normed)
     if chosen == LIBRARY:
         g = _library_backward(grad_c, like, weight, None, geometry, [True, False, False])[0]
         assert g is not None
