@@ -86,9 +86,9 @@ class ShapeClass:
 Table = Mapping[tuple[int, int, str], Tile]  # (90 for sm_90, bits, class) -> tile
 
 
-# (architecture, bits) -> class -> a tile for every one of COLUMNS. Of sm_90: ptxas makes other tiles
-# wait for every product (messages C7510 to C7519) or spill, so a narrow result may take a wide tile.
-# fp32 is for TF32; what is not named takes the heuristic's, which on sm_80 spills here.
+# (architecture, bits) -> class -> a tile for every one of COLUMNS. Of sm_90: ptxas makes other
+# tiles wait for every product (messages C7510 to C7519) or spill, so a narrow result may take a
+# wide tile. fp32 is for TF32; what is not named takes the heuristic's, which on sm_80 spills here.
 _TILES = {
     (90, 16): {
         "forward 1x1 plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
