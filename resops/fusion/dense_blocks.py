@@ -21,6 +21,7 @@ from ..reference.dense_block import DenseLayer
 from . import layers, measured
 from .blocks import kept
 from .layers import Path
+from .steps import StepCall
 
 
 class _Family(NamedTuple):
@@ -87,7 +88,7 @@ class DenseBlockStep:
         """All features of the block, in the memory format of ``x``."""
         pairs = list(self.pairs(block))
         if observer.listening():
-            observer.tell(self, layers.backend_of(pairs[0][0]), x)
+            observer.tell(StepCall(block, self), layers.backend_of(pairs[0][0]), x)
         parts = [norm_conv(norm, conv) for norm, conv in pairs]
         dense = [DenseLayer(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
 

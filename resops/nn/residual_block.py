@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import _dispatch, functional
 from ..functional import ConvNorm
 from ..ops.conv_bn_act import wants_gradient
+from . import observer
 from .batch_norm import BatchNormAct, is_plain, next_statistics
 from .conv_bn_act import Conv2dNormActivation, Conv3dNormActivation, may_fuse
 from .sync_batch_norm import SyncBatchNormAct
@@ -63,6 +64,10 @@ def residual_block(
     layers: list[Any] = [_layer(conv, norm) for conv, norm in pairs]
     op: Any = _OPS[len(chain)]
     activation, negative_slope = acts[0]
+    if observer.listening():
+        convolutions, norms = (list(modules) for modules in zip(*pairs, strict=True))
+        call = observer.BlockCall(norms, convolutions, f"{op.__name__}, {activation}", 1)
+        observer.tell(call, _dispatch.choose("batch_norm", x), x)
     return op(x, *layers, activation=activation, negative_slope=negative_slope, recompute=recompute)
 
 
