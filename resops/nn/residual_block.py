@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import _dispatch, functional
 from ..functional import ConvNorm
 from ..ops.conv_bn_act import wants_gradient
+from . import observer
 from .batch_norm import BatchNormAct, is_plain, next_statistics
 from .conv_bn_act import Conv2dNormActivation, Conv3dNormActivation, may_fuse
 from .sync_batch_norm import SyncBatchNormAct
@@ -49,6 +50,7 @@ def residual_block(
         return None
     layers: list[Any] = [_layer(conv, norm) for conv, norm in pairs]
     op: Any = _OPS[len(chain)]
+    _tell(op, pairs, activation, x)
     return op(x, *layers, **activation, recompute=recompute)
 
 
@@ -68,6 +70,7 @@ def double_conv(chain: Sequence[Pair], x: Tensor | Sequence[Tensor]) -> Tensor |
     if activation is None or not alike or not _differentiates(slices, chain):
         return None
     conv1, conv2 = (_layer(conv, norm) for conv, norm in chain)
+    _tell(functional.double_conv, chain, activation, slices[0])
     return functional.double_conv(slices, conv1, conv2, **activation)
 
 
@@ -94,6 +97,14 @@ def _differentiates(slices: Sequence[Tensor], pairs: Sequence[Pair]) -> bool:
     training = any(norm.training for _, norm in pairs)
     parameters = [p for pair in pairs for module in pair for p in module._parameters.values()]
     return wants_gradient(*slices, *parameters) or (training and torch.is_grad_enabled())
+
+
+def _tell(op: Any, pairs: Sequence[Pair], activation: dict[str, Any], x: Tensor) -> None:
+    if observer.listening():
+        convolutions, norms = (list(modules) for modules in zip(*pairs, strict=True))
+        pattern = f"{op.__name__}, {activation['activation']}"
+        call = observer.BlockCall(norms, convolutions, pattern, 1)
+        observer.tell(call, _dispatch.choose("batch_norm", x), x)
 
 
 def _layer(conv: Any, norm: Any) -> ConvNorm:
