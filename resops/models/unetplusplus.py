@@ -83,8 +83,8 @@ class UNetPlusPlus(nn.Module):
             rows.append([x])
             for j in range(1, i + 1):
                 row = rows[i - j]
-                up = self.get_submodule(f"up{i - j}_{j}")
-                up = recomputed_input.call(up, rows[i - j + 1][j - 1])
+                below = rows[i - j + 1][j - 1]
+                up = recomputed_input.call(self.get_submodule(f"up{i - j}_{j}"), below)
                 slices = (*row, fit(up, row[0].shape[2:]))
                 row.append(self.get_submodule(f"conv{i - j}_{j}")(slices))
         if len(self.heads) == 1:

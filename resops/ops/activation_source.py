@@ -11,6 +11,7 @@ or an offloading hook takes c away, an operation in place puts another node in i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,17 +88,19 @@ class Published:
         bias: Tensor | None,
     ) -> None:
         self.recipe, self.c = recipe, TensorWeakRef(c)
-        self.vectors = (mean, invstd, *(None if t is None else t.detach() for t in (weight, bias)))
-        self.version = y._version
-        self.versions = [t._version for t in self.vectors if t is not None]
+        self.statistics = (mean, invstd)
+        self.affine = [None if t is None else t.detach() for t in (weight, bias)]
+        self.versions = self._versions(y)
+
+    def _versions(self, y: Tensor) -> list[int]:
+        return [t._version for t in (y, *self.affine) if t is not None]
 
     def source(self, y: Tensor) -> Source | None:
         """That of ``y``, if it is still what it was computed from."""
         c = self.c()
-        changed = [t._version for t in self.vectors if t is not None] != self.versions
-        if c is None or changed or y._version != self.version:
+        if c is None or self._versions(y) != self.versions:
             return None
-        return Source(self.recipe, StandIn.apply(y), c, *self.vectors)
+        return Source(self.recipe, StandIn.apply(y), c, *self.statistics, *self.affine)
 
 
 def source_of(y: Tensor) -> Source | None:
@@ -126,7 +129,7 @@ class Kept(NamedTuple):
     tensors: list[Tensor | None]
 
     @classmethod
-    def of(cls, activations: list[Tensor], sources: list[Source | None]) -> Kept:
+    def of(cls, activations: Sequence[Tensor], sources: Sequence[Source | None]) -> Kept:
         recipes: list[Recipe | None] = []
         tensors: list[Tensor | None] = []
         for t, source in zip(activations, sources, strict=True):
@@ -135,7 +138,7 @@ class Kept(NamedTuple):
         return cls(recipes, tensors)
 
 
-def restored(recipes: list[Recipe | None], saved: list[Any]) -> list[Tensor]:
+def restored(recipes: Sequence[Recipe | None], saved: list[Any]) -> list[Tensor]:
     """The activations of which a Function saved what :class:`Kept` says; they are taken off the
     front of ``saved``."""
     activations = []

@@ -99,9 +99,11 @@ def convolution(
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        x, weight, bias = (
-            t.to(dtype) if t is not None and t.dtype in _CASTABLE else t for t in (x, weight, bias)
-        )
+
+        def cast(t: Any) -> Any:
+            return t.to(dtype) if t is not None and t.dtype in _CASTABLE else t
+
+        x, weight, bias = cast(x), cast(weight), cast(bias)
     y: Tensor = ConvolutionFunction.apply(settings, source, x, weight, bias)
     return y
 

@@ -134,7 +134,7 @@ def test_wrong_slices() -> None:
     with pytest.raises(TypeError, match="argument 'input' must be Tensor, not list"):
         double_conv([], *layers)
     with pytest.raises(TypeError, match="argument 'conv2' must be ConvNorm, not None"):
-        double_conv(x, layers[0], None)  # type: ignore[arg-type]
+        double_conv(x, layers[0], None)
 
 
 # ---- blocks one after another ------------------------------------------------------------------
@@ -184,7 +184,12 @@ def test_what_the_next_block_makes_of_the_output(between: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         seen: list[Any] = []
         value = activation_source.Source.value
-        patch.setattr(activation_source.Source, "value", lambda self: seen.append(0) or value(self))
+
+        def recorded(source: activation_source.Source) -> Tensor:
+            seen.append(source)
+            return value(source)
+
+        patch.setattr(activation_source.Source, "value", recorded)
         mine = gradients(skip(double_conv, args, BETWEEN[between]), args, allow_unused=True)
     assert len(seen) == (between == "nothing")  # that the output was computed again
     its = gradients(
