@@ -87,8 +87,8 @@ def test_every_op_has_its_homes(op: str) -> None:
     ],
 )
 def test_nothing_lives_without_its_op(folder: str, pattern: str, ending: str) -> None:
-    """The other way round: no kernel, definition or derivation of an op that does not exist. What
-    an op's kernels would be too long with has a file of its own, <op>_<part>_kernels.cpp."""
+    """The other way round: no kernel, definition or derivation of an op that does not exist. A part
+    of an op's kernels may have a file of its own, <op>_<part>_kernels.cpp."""
     found = {s.removesuffix(ending) for s in stems(folder, pattern)} - {"extension"}
     if ending:
         found = {s for s in found if not any(s.startswith(f"{op}_") for op in OPS)}

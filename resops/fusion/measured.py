@@ -1,8 +1,9 @@
 """Where fused blocks were measured to be slower than PyTorch's own layers.
 
 Small images, whose calls take as long as their checks. How large images are ``fuse`` cannot know,
-so the block decides in each call. With fewer pixels than these a dense block or layer was slower
-fused (``python -m bench.models.dense_blocks``: fp32, one thread of an Intel Xeon with AVX-512).
+so the block decides in each call. With fewer pixels than these a dense block, a layer of one or a
+transition was slower fused (``python -m bench.models.dense_blocks``: fp32, one thread of an Intel
+Xeon with AVX-512).
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ class LeastPixels(NamedTuple):
     without: int
 
 
-DENSE_BLOCK = LeastPixels(1000, 1500)
+DENSE_BLOCK = LeastPixels(500, 1500)
 DENSE_LAYER = LeastPixels(1500, 9000)
-TRANSITION = LeastPixels(0, 0)
+TRANSITION = LeastPixels(4000, 9000)
 
 
 def slower(least: LeastPixels, x: Tensor) -> str:

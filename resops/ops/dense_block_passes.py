@@ -294,8 +294,8 @@ class _Bound:
     """An upper bound on the values of the buffer, for convolutions whose relu must see no NaN
     (resops/_magnitude.py): new channels are read once, and not again by every consumer."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.wanted = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    def __init__(self, x: Tensor, layers: int) -> None:
+        self.wanted = layers > 0 and x.device.type == "cpu" and not torch.compiler.is_compiling()
         self.value = _magnitude.measure(x) if self.wanted else math.inf
 
     def add(self, new: Tensor) -> None:
@@ -331,13 +331,14 @@ def evaluate(call: Call, x: Tensor, tensors: Sequence[Any], narrow: Narrow | Non
         buffer = _empty(x, channels, x.dtype)
         buffer[:, : x.size(1)] = x
     workspace = _Workspace(buffer, _widest(x, layers, transition))
-    bound = _Bound(x)
+    bound = _Bound(x, len(layers))
 
     def normalised(consumer: NormConv, channels: int) -> Tensor:
         z = workspace.view(channels)
         found = _Statistics([consumer], channels, buffer).known[0]
         ops.dense_block_apply(buffer, consumer.weight, consumer.bias, *found, z)
-        bound.pass_on(consumer, *found, z)
+        if consumer is not transition:  # whose convolution sees the average
+            bound.pass_on(consumer, *found, z)
         return z
 
     def folded(index: int, z: Tensor) -> Tensor:
