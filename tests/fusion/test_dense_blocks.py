@@ -71,7 +71,9 @@ def test_equals_its_layers(package: str, any_size: None, native: None) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_small_images_go_to_the_original_layers(package: str, native: None) -> None:
+def test_small_images_go_to_the_original_layers(
+    package: str, native: None, one_thread: None
+) -> None:
     plain = dense_block(package)
     fused = resops.fuse(copy.deepcopy(plain))
     small, large = image(4), image(32)
@@ -85,6 +87,10 @@ def test_small_images_go_to_the_original_layers(package: str, native: None) -> N
     assert (path.path, path.pattern) == ("native", "DenseBlock")
     with resops.backend("native"):  # asked for by name
         assert runs_as_one_op(fused, small)
+    between = image(24)
+    assert runs_as_one_op(fused, between)
+    torch.set_num_threads(2)  # which one_thread takes back
+    assert runs_as_one_op(fused, large) and not runs_as_one_op(fused, between)
 
 
 def hook(block: Any) -> None:
