@@ -25,7 +25,7 @@ class LeastPixels(NamedTuple):
     by_threads: int = 1  # times this with more than one thread: the op has more parts to hand out
 
 
-DENSE_BLOCK = LeastPixels(1000, 1500, by_threads=2)
+DENSE_BLOCK = LeastPixels(1000, 1500, by_threads=3)
 DENSE_LAYER = LeastPixels(1500, 9000)
 
 
