@@ -274,8 +274,9 @@ def transition(x: Tensor, norm_conv: NormConv) -> Tensor:
 
 
 def _new_channels_last(size: tuple[int, ...], like: Tensor) -> Tensor:
-    options = {"dtype": like.dtype, "device": like.device}
-    return torch.empty(size, **options, memory_format=torch.channels_last)
+    return torch.empty(
+        size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
 
 
 def _check_consumer(
