@@ -217,7 +217,7 @@ def convolution_of_slices(
 ) -> Tensor:
     """:func:`convolution` of tensors side by side along the channels.
 
-    Winograd's kernels read each of them where it is; for others they are concatenated.
+    resops' own kernels read each of them where it is; for others they are concatenated.
     """
     first, *more = slices
     native = _slices_geometry(slices, weight, bias, stride, padding, dilation, groups)
@@ -237,7 +237,7 @@ def _slices_geometry(
     dilation: Size,
     groups: int,
 ) -> Geometry | None:
-    """Of a call that Winograd's kernels take; None where there are none, or a compiler decides."""
+    """Of a call that resops' own kernels take; None where there are none, or a compiler decides."""
     first = slices[0]
     alike = all(
         type(x) in PLAIN_TENSORS
@@ -251,7 +251,7 @@ def _slices_geometry(
     if isinstance(native, str):
         return None
     path, _ = _path_of(first, channels, weight, native, "forward")
-    return native if path == "winograd" else None
+    return native if path in ("winograd", "pointwise") else None
 
 
 def convolution_path(
@@ -270,14 +270,28 @@ def convolution_path(
         direction: "forward", "backward_data" or "backward_weight".
 
     Returns:
-        "winograd", "matrix_product", "transposed_product" (a product whose result is transposed),
-        "onednn" (oneDNN's where PyTorch would take something else) or "library" (PyTorch's own
-        convolution), and the reason.
+        "winograd", "pointwise" (resops' own kernel for 1x1), "matrix_product",
+        "transposed_product" (a product whose result is transposed), "onednn" (oneDNN's where
+        PyTorch would take something else) or "library" (PyTorch's own convolution), and the reason.
     """
     native = native_geometry(x, weight, bias, stride, padding, dilation, groups)
     if isinstance(native, str):
         return "library", native
     return _path_of(x, x.size(1), weight, native, direction)
+
+
+def native_path(
+    direction: str,
+    x: Tensor,
+    weight: Tensor,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+) -> str | None:
+    """The algorithm of a phase; None where the native convolution does not take the call."""
+    native = native_geometry(x, weight, None, stride, padding, dilation, groups)
+    return None if isinstance(native, str) else _path_of(x, x.size(1), weight, native, direction)[0]
 
 
 def _path_of(

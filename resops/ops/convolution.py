@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import _dispatch
 from ..reference.conv_bn_act import convolution
 from . import convolution_table
-from .conv_bn_act_convolution import native_geometry
+from .conv_bn_act_convolution import native_path
 
 LIBRARY, PLAIN, FUSED = "library", "plain", "fused"
 _CHOICES = ("auto", LIBRARY, FUSED)
@@ -159,22 +159,25 @@ def choose(
     if wanted == FUSED:
         return FUSED
     if x.device.type == "cpu":
-        return _choose_on_cpu(backend, x, weight, geometry)
+        return _choose_on_cpu(phase, backend, x, weight, geometry)
     faster = convolution_table.fused_is_faster(phase, backend, x, weight, geometry[:3], prologue)
     return FUSED if faster else LIBRARY
 
 
-def _choose_on_cpu(backend: str, x: Tensor, weight: Tensor, geometry: Geometry) -> str:
+def _choose_on_cpu(phase: str, backend: str, x: Tensor, weight: Tensor, geometry: Geometry) -> str:
     """By the rules that csrc/cpu/conv_path.cpp has from measurements, which are for layers.
 
-    Winograd's algorithm normalises as it transforms tiles. Of the 1x1 convolutions no kernel is
-    resops' own: batch norm's pass over their input is made by batch norm.
+    resops' own kernels normalise on load: Winograd's as they transform tiles, those for 1x1 as they
+    copy rows. For the other algorithms batch norm's pass over their input is made by batch norm.
     """
     stride, padding, dilation, groups = geometry
-    taken = native_geometry(x, weight, None, stride, padding, dilation, groups)
-    if backend != "native" or isinstance(taken, str):
+    if backend != "native":
         return LIBRARY
-    return FUSED if tuple(weight.shape[2:]) == (3, 3) else PLAIN
+    algorithm = native_path(phase, x, weight, stride, padding, dilation, groups)
+    if algorithm is None:
+        return LIBRARY
+    fused = algorithm == "pointwise" or tuple(weight.shape[2:]) == (3, 3)
+    return FUSED if fused else PLAIN
 
 
 def forward(
