@@ -4,6 +4,7 @@
 
 #include "conv_bn_act.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -136,6 +137,12 @@ at::DimVector check_conv_bn_act_forward(at::TensorList inputs, const ConvPrologu
   return size;
 }
 
+void check_conv_bn_act_out(const at::Tensor& out, at::TensorList inputs, at::IntArrayRef size) {
+  check_sized("out", out, size, inputs[0]);
+  at::assert_no_internal_overlap(out);
+  for (const at::Tensor& x : inputs) at::assert_no_overlap(out, x);
+}
+
 at::DimVector check_conv_bn_act_backward_data(
     const at::Tensor& grad_y, const at::Tensor& conv_weight, at::IntArrayRef input_size,
     const OptionalTensor& x, const ConvPrologue& prologue, const OptionalTensor& mean,
@@ -181,6 +188,12 @@ TORCH_LIBRARY_FRAGMENT(resops, m) {
       "float prologue_slope, Tensor conv_weight, Tensor? conv_bias, Tensor? residual, "
       "str activation, float negative_slope, SymInt[] stride, SymInt[] padding, "
       "SymInt[] dilation, bool statistics) -> (Tensor y, Tensor mean, Tensor var)");
+  // The same with y written into `out`, such as some channels of a wider tensor.
+  m.def(
+      "conv_bn_act_forward_into(Tensor[] inputs, Tensor? scale, Tensor? shift, str prologue, "
+      "float prologue_slope, Tensor conv_weight, Tensor? conv_bias, Tensor? residual, "
+      "str activation, float negative_slope, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, bool statistics, Tensor(a!) out) -> (Tensor mean, Tensor var)");
   m.def(
       "conv_bn_act_backward_data(Tensor grad_y, Tensor conv_weight, SymInt[] input_size, "
       "Tensor? x, Tensor? scale, Tensor? shift, str prologue, float prologue_slope, "

@@ -31,6 +31,9 @@ at::DimVector check_conv_bn_act_forward(at::TensorList inputs, const ConvPrologu
                                         const OptionalTensor& residual, Activation activation,
                                         const ConvGeometry& geometry, bool statistics);
 
+// `out` of size `size`, for the output.
+void check_conv_bn_act_out(const at::Tensor& out, at::TensorList inputs, at::IntArrayRef size);
+
 at::DimVector check_conv_bn_act_backward_data(
     const at::Tensor& grad_y, const at::Tensor& conv_weight, at::IntArrayRef input_size,
     const OptionalTensor& x, const ConvPrologue& prologue, const OptionalTensor& mean,

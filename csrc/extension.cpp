@@ -14,8 +14,8 @@
 #include "build_facts.h"  // written by CMake into the build folder
 #include "cpu/capability.h"
 #include "cpu/conv_path.h"
+#include "cpu/convolution_tensors.h"
 #include "cpu/scratch.h"
-#include "cpu/winograd_convolution.h"
 
 namespace {
 
@@ -52,8 +52,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_conv_precision", &resops::set_conv_precision, pybind11::arg("name"),
         "'high': float32 convolutions may use Winograd's algorithm; 'highest': they may not.");
   m.def("set_conv_algorithm", &resops::set_conv_algorithm, pybind11::arg("name"),
-        "'auto', or for tests and benchmarks 'winograd', 'library', 'onednn', 'matrix_product' or "
-        "'transposed_product', each where it is possible.");
+        "'auto', or for tests and benchmarks 'winograd', 'library', 'onednn', 'matrix_product', "
+        "'transposed_product' or 'pointwise', each where it is possible.");
   m.def("conv_algorithm", &resops::conv_algorithm, "What set_conv_algorithm chose.");
   m.def("conv_path", &resops::describe_conv_path, pybind11::arg("direction"),
         pybind11::arg("dtype"), pybind11::arg("input_size"), pybind11::arg("output_size"),
@@ -63,8 +63,9 @@ PYBIND11_MODULE(_C, m) {
       "scratch_peak", &resops::scratch_peak,
       "Bytes of workspace that convolutions had in use at most since the last call, of the thread "
       "that had most.");
-  m.def("winograd_weight", torch::wrap_pybind_function_no_gil(&resops::winograd_weight),
-        "A 3x3 weight at all points, for torch.ops.resops.conv_bn_act_folded.");
+  m.def("prepared_weight", torch::wrap_pybind_function_no_gil(&resops::prepared_weight),
+        "A 3x3 weight at all points, or a packed 1x1 one, for "
+        "torch.ops.resops.conv_bn_act_folded.");
   // Exceptions as torch's own functions raise them; other threads may run Python code meanwhile.
   m.def("batch_norm", torch::wrap_pybind_function_no_gil(&resops::batch_norm),
         "batch_norm_forward with its gradient: y alone.");

@@ -32,6 +32,7 @@ SHARED = {
         "sync_batch_norm",
     },
     "resops/reference": {"__init__", "activation", "conv_norm", "layout"},
+    "csrc/cpu": {"conv_bn_act_pointwise_kernels"},
     "csrc/cuda": {"batch_norm_slab", "device"},
 }
 # Ops that are made of other ops, and so have no kernel of their own.

@@ -20,7 +20,7 @@ from bench import environment, timing
 from bench.ops.conv_bn_act import NETWORKS, PHASES, Layer, Phases
 from bench.table import align
 
-ALGORITHMS = ("onednn", "matrix_product", "transposed_product")
+ALGORITHMS = ("onednn", "matrix_product", "transposed_product", "pointwise")
 
 
 def shapes() -> list[Layer]:

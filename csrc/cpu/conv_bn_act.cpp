@@ -34,6 +34,7 @@
 #include "../common/memory_layout.h"
 #include "../common/tensor_checks.h"
 #include "conv_path.h"
+#include "pointwise_convolution.h"
 #include "winograd_convolution.h"
 
 namespace resops {
@@ -206,18 +207,24 @@ Tensor library_backward(const Tensor& grad_y, const Tensor& x, const Tensor& wei
 // No phase is differentiable, whatever its inputs require: the library's convolutions inside are
 // called below autograd.
 
-std::tuple<Tensor, Tensor, Tensor> conv_bn_act_forward(
+bool is_own_kernel(ConvAlgorithm algorithm) {
+  return algorithm == ConvAlgorithm::winograd || algorithm == ConvAlgorithm::pointwise;
+}
+
+// y is `out` where that is given and a kernel can write to it.
+std::tuple<Tensor, Tensor, Tensor> forward(
     at::TensorList inputs, const OptionalTensor& scale, const OptionalTensor& shift,
     std::string_view prologue, double prologue_slope, const Tensor& conv_weight,
     const OptionalTensor& conv_bias, const OptionalTensor& residual, std::string_view activation,
     double negative_slope, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, bool statistics) {
+    at::IntArrayRef dilation, bool statistics, const Tensor* out) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Activation before = parse_activation(prologue), act = parse_activation(activation);
   const ConvGeometry geometry{stride, padding, dilation};
   const auto size = check_conv_bn_act_forward(inputs, {scale, shift, before}, conv_weight,
                                               conv_bias, residual, act, geometry, statistics);
   const Tensor& x = inputs[0];
+  if (out != nullptr) check_conv_bn_act_out(*out, inputs, size);
   const ChannelPrologue on_load{scale, shift, before, prologue_slope};
   const auto none = [&] { return at::empty({0}, x.options().dtype(statistic_dtype(x))); };
 
@@ -225,8 +232,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_bn_act_forward(
   input_size[1] = conv_weight.size(1);
   const ConvPath path = conv_path(conv_call(ConvDirection::forward, x.scalar_type(), input_size,
                                             size, conv_weight.sizes(), geometry));
-  if (path.algorithm == ConvAlgorithm::winograd) {
-    const Tensor y = empty_channels_last(size, x.options());
+  if (is_own_kernel(path.algorithm)) {
+    const bool in_place = out != nullptr && has_even_rows(*out);
+    const Tensor y = in_place ? *out : empty_channels_last(size, x.options());
     ConvolutionEpilogue epilogue;
     epilogue.bias = conv_bias;
     epilogue.addend = residual;
@@ -234,7 +242,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_bn_act_forward(
     epilogue.negative_slope = negative_slope;
     epilogue.statistics = statistics;
     auto [mean, var] =
-        winograd_forward(inputs, on_load, conv_weight, false, padding, epilogue, nullptr, y);
+        path.algorithm == ConvAlgorithm::winograd
+            ? winograd_forward(inputs, on_load, conv_weight, false, padding, epilogue, nullptr, y)
+            : pointwise_forward(inputs, on_load, conv_weight, false, stride, epilogue, nullptr, y);
     return {y, mean, var};
   }
 
@@ -254,6 +264,29 @@ std::tuple<Tensor, Tensor, Tensor> conv_bn_act_forward(
   return {y, mean, var};
 }
 
+std::tuple<Tensor, Tensor, Tensor> conv_bn_act_forward(
+    at::TensorList inputs, const OptionalTensor& scale, const OptionalTensor& shift,
+    std::string_view prologue, double prologue_slope, const Tensor& conv_weight,
+    const OptionalTensor& conv_bias, const OptionalTensor& residual, std::string_view activation,
+    double negative_slope, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, bool statistics) {
+  return forward(inputs, scale, shift, prologue, prologue_slope, conv_weight, conv_bias, residual,
+                 activation, negative_slope, stride, padding, dilation, statistics, nullptr);
+}
+
+std::tuple<Tensor, Tensor> conv_bn_act_forward_into(
+    at::TensorList inputs, const OptionalTensor& scale, const OptionalTensor& shift,
+    std::string_view prologue, double prologue_slope, const Tensor& conv_weight,
+    const OptionalTensor& conv_bias, const OptionalTensor& residual, std::string_view activation,
+    double negative_slope, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, bool statistics, const Tensor& out) {
+  auto [y, mean, var] =
+      forward(inputs, scale, shift, prologue, prologue_slope, conv_weight, conv_bias, residual,
+              activation, negative_slope, stride, padding, dilation, statistics, &out);
+  if (!y.is_same(out)) out.copy_(y);
+  return {mean, var};
+}
+
 std::tuple<Tensor, Tensor, Tensor> conv_bn_act_backward_data(
     const Tensor& grad_y, const Tensor& conv_weight, at::IntArrayRef input_size,
     const OptionalTensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
@@ -269,7 +302,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_bn_act_backward_data(
   const ConvPath path =
       conv_path(conv_call(ConvDirection::backward_data, grad_y.scalar_type(), input_size,
                           grad_y.sizes(), conv_weight.sizes(), geometry));
-  if (path.algorithm == ConvAlgorithm::winograd) {
+  if (is_own_kernel(path.algorithm)) {
     const Tensor g = empty_channels_last(input_size, grad_y.options());
     ConvolutionEpilogue epilogue;
     epilogue.addend = addend;
@@ -279,7 +312,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_bn_act_backward_data(
     epilogue.invstd = invstd;
     const std::array<int64_t, 2> turned_padding{2 - padding[0], 2 - padding[1]};
     auto [sum_g, sum_g_xhat] =
-        winograd_forward({&grad_y, 1}, {}, conv_weight, true, turned_padding, epilogue, nullptr, g);
+        path.algorithm == ConvAlgorithm::winograd
+            ? winograd_forward({&grad_y, 1}, {}, conv_weight, true, turned_padding, epilogue,
+                               nullptr, g)
+            : pointwise_forward({&grad_y, 1}, {}, conv_weight, true, stride, epilogue, nullptr, g);
     return {g, sum_g, sum_g_xhat};
   }
 
@@ -330,6 +366,10 @@ Tensor conv_bn_act_backward_weight(const Tensor& grad_y, at::TensorList inputs,
     winograd_backward_weight(grad_y, inputs, on_load, padding, grad_weight);
     return grad_weight;
   }
+  if (path.algorithm == ConvAlgorithm::pointwise) {
+    pointwise_backward_weight(grad_y, inputs, on_load, stride, grad_weight);
+    return grad_weight;
+  }
   const Tensor x = in_channels_last(normalised(inputs, on_load, prologue));
   const Tensor grad = in_channels_last(grad_y);
   if (path.algorithm == ConvAlgorithm::matrix_product ||
@@ -340,23 +380,29 @@ Tensor conv_bn_act_backward_weight(const Tensor& grad_y, at::TensorList inputs,
   return in_channels_last(library_backward(grad, x, grad_weight, geometry, true));
 }
 
-// act( conv(x) + bias [+ residual] ) with a weight that winograd_weight has transformed; one of
-// another instruction set is not used.
-Tensor conv_bn_act_folded(const Tensor& x, const Tensor& conv_weight, const Tensor& at_points,
+bool is_square(const Tensor& weight, int64_t side) {
+  return weight.dim() == 4 && weight.size(2) == side && weight.size(3) == side;
+}
+
+// act( conv(x) + bias [+ residual] ) with a weight that prepared_weight has made; one of another
+// instruction set is not used.
+Tensor conv_bn_act_folded(const Tensor& x, const Tensor& conv_weight, const Tensor& prepared,
                           const Tensor& conv_bias, const OptionalTensor& residual,
                           std::string_view activation, double negative_slope,
-                          at::IntArrayRef padding) {
+                          at::IntArrayRef stride, at::IntArrayRef padding) {
   const Activation act = parse_activation(activation);
   const std::array<int64_t, 2> ones{1, 1};
-  const ConvGeometry geometry{ones, padding, ones};
+  const ConvGeometry geometry{stride, padding, ones};
   const OptionalTensor none;
   const auto size =
       check_conv_bn_act_forward({&x, 1}, {none, none, Activation::identity}, conv_weight, conv_bias,
                                 residual, act, geometry, false);
-  TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == at::kFloat && conv_weight.dim() == 4 &&
-                  conv_weight.size(2) == 3 && conv_weight.size(3) == 3 && padding[0] <= 2 &&
-                  padding[1] <= 2,
-              "conv_bn_act_folded expects float32 on the CPU, a 3x3 kernel and a padding up to 2");
+  const bool pointwise = is_square(conv_weight, 1) && padding[0] == 0 && padding[1] == 0;
+  const bool winograd = is_square(conv_weight, 3) && padding[0] <= 2 && padding[1] <= 2 &&
+                        stride[0] == 1 && stride[1] == 1;
+  TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == at::kFloat && (pointwise || winograd),
+              "conv_bn_act_folded expects float32 on the CPU, and a 3x3 kernel of stride 1 with a "
+              "padding up to 2 or a 1x1 kernel without padding");
   Tensor y = empty_channels_last(size, x.options());
   if (y.numel() == 0) return y;
   ConvolutionEpilogue epilogue;
@@ -364,19 +410,28 @@ Tensor conv_bn_act_folded(const Tensor& x, const Tensor& conv_weight, const Tens
   epilogue.addend = residual;
   epilogue.activation = act;
   epilogue.negative_slope = negative_slope;
+  if (pointwise) {
+    const bool usable = is_packed_weight(prepared, conv_weight.sizes());
+    pointwise_forward({&x, 1}, {}, conv_weight, false, stride, epilogue,
+                      usable ? &prepared : nullptr, y);
+    return y;
+  }
   const bool usable =
-      is_transformed_weight(at_points, conv_weight.sizes(), winograd_tile(size[2], size[3]));
-  winograd_forward({&x, 1}, {}, conv_weight, false, padding, epilogue,
-                   usable ? &at_points : nullptr, y);
+      is_transformed_weight(prepared, conv_weight.sizes(), winograd_tile(size[2], size[3]));
+  winograd_forward({&x, 1}, {}, conv_weight, false, padding, epilogue, usable ? &prepared : nullptr,
+                   y);
   return y;
 }
 
 }  // namespace
 
-Tensor winograd_weight(const Tensor& weight, int64_t out_height, int64_t out_width) {
-  TORCH_CHECK(weight.device().is_cpu() && weight.scalar_type() == at::kFloat && weight.dim() == 4 &&
-                  weight.size(2) == 3 && weight.size(3) == 3,
-              "weight should be a float32 tensor of size (C, C_in, 3, 3) on the CPU");
+Tensor prepared_weight(const Tensor& weight, int64_t out_height, int64_t out_width) {
+  const bool pointwise = is_square(weight, 1);
+  TORCH_CHECK(weight.device().is_cpu() && weight.scalar_type() == at::kFloat &&
+                  (pointwise || is_square(weight, 3)),
+              "weight should be a float32 tensor of size (C, C_in, 3, 3) or (C, C_in, 1, 1) on the "
+              "CPU");
+  if (pointwise) return pointwise_pack_weight(weight);
   return winograd_transform_weight(weight, false, winograd_tile(out_height, out_width));
 }
 
@@ -384,13 +439,15 @@ Tensor winograd_weight(const Tensor& weight, int64_t out_height, int64_t out_wid
 
 TORCH_LIBRARY_FRAGMENT(resops, m) {
   m.def(
-      "conv_bn_act_folded(Tensor x, Tensor conv_weight, Tensor at_points, Tensor conv_bias, "
-      "Tensor? residual, str activation, float negative_slope, SymInt[] padding) -> Tensor");
+      "conv_bn_act_folded(Tensor x, Tensor conv_weight, Tensor prepared, Tensor conv_bias, "
+      "Tensor? residual, str activation, float negative_slope, SymInt[] stride, "
+      "SymInt[] padding) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(resops, CPU, m) {
   m.impl("conv_bn_act_folded", &resops::conv_bn_act_folded);
   m.impl("conv_bn_act_forward", &resops::conv_bn_act_forward);
+  m.impl("conv_bn_act_forward_into", &resops::conv_bn_act_forward_into);
   m.impl("conv_bn_act_backward_data", &resops::conv_bn_act_backward_data);
   m.impl("conv_bn_act_backward_weight", &resops::conv_bn_act_backward_weight);
 }

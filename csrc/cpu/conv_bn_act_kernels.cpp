@@ -10,7 +10,7 @@
 
 #include <algorithm>
 
-#include "activation.h"
+#include "convolution_epilogue.h"
 #include "dispatch.h"
 #include "matrix.h"
 #include "simd.h"
@@ -22,9 +22,6 @@ namespace {
 template <int kOut>
 constexpr int kPoints = Winograd<kOut>::kIn * Winograd<kOut>::kIn;
 
-// One vector more than needed: the places of one channel in many tiles, or at many points, do not
-// all compete for one set of a cache.
-int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes + kLanes; }
 int64_t plane_size(int64_t channels, int64_t tiles) { return tiles * padded(channels) + kLanes; }
 int64_t panel_point_size(int64_t in_channels) { return in_channels * kPanel + kLanes; }
 
@@ -45,35 +42,16 @@ void dispatch_tile(DType dtype, int tile, F f) {
   return tile == 4 ? with_type(Constant<4>{}) : with_type(Constant<2>{});
 }
 
-// Where the outputs of a tile begin.
-struct Place {
-  Place(const WinogradGeometry& g, int64_t tile, int size)
-      : image(tile / (g.tile_rows * g.tile_columns)),
-        row(tile / g.tile_columns % g.tile_rows * size),
-        column(tile % g.tile_columns * size) {}
-  int64_t image, row, column;
-};
-
-template <class T>
-const T* at(const ImageView& view, int64_t image, int64_t row, int64_t column) {
-  return static_cast<const T*>(view.data) + image * view.batch_stride + row * view.row_stride +
-         column * view.column_stride;
-}
-template <class T>
-T* mutable_at(const ImageView& view, int64_t image, int64_t row, int64_t column) {
-  return const_cast<T*>(at<T>(view, image, row, column));
+// Where the outputs of a tile are.
+TilePlace place_of(const WinogradGeometry& g, int64_t tile, int size) {
+  const int64_t row = tile / g.tile_columns % g.tile_rows * size;
+  const int64_t column = tile % g.tile_columns * size;
+  return {tile / (g.tile_rows * g.tile_columns), row, column,
+          std::min<int64_t>(size, g.out_height - row),
+          std::min<int64_t>(size, g.out_width - column)};
 }
 
 // ---- on the way in ------------------------------------------------------------------------
-
-void apply_prologue(const Prologue& prologue, int64_t channel, Value* values, int count) {
-  const Value scale = load(prologue.scale + channel), shift = load(prologue.shift + channel);
-  dispatch_activation(prologue.activation, [&]<Activation kAct>(Constant<kAct>) {
-    for (int i = 0; i < count; ++i) {
-      values[i] = activate<kAct>(fma(values[i], scale, shift), prologue.negative_slope);
-    }
-  });
-}
 
 // A square of kSide x kSide values of one vector of channels, of which rows [row_begin, row_end)
 // and columns likewise lie in the image; zeros around them.
@@ -120,7 +98,7 @@ inline void read_window(const ImageView& view, int64_t offset, const Window& win
 template <class T, int kOut>
 void transform_input_tile(const WinogradGeometry& g, int64_t tile, float* out, int64_t plane) {
   using W = Winograd<kOut>;
-  const Place place(g, tile, kOut);
+  const TilePlace place = place_of(g, tile, kOut);
   const int64_t row = place.row - g.pad_h, column = place.column - g.pad_w;
   const Window window(row, column, g.height, g.width, W::kIn);
   int64_t first = 0;  // channel of the slice
@@ -148,7 +126,7 @@ template <class T, int kOut>
 void transform_gradient_tile(const WinogradGeometry& g, const ImageView& grad, int64_t tile,
                              float* out, int64_t plane) {
   using W = Winograd<kOut>;
-  const Place place(g, tile, kOut);
+  const TilePlace place = place_of(g, tile, kOut);
   const Window window(place.row, place.column, g.out_height, g.out_width, kOut);
   const int64_t offset = place.image * grad.batch_stride + place.row * grad.row_stride +
                          place.column * grad.column_stride;
@@ -258,121 +236,6 @@ void transform_weight(int tile, const WeightView& w, int64_t in_channels, Channe
                                transformed + k / kPanel * kPoints<kOut> * point_size, point_size);
     }
   });
-}
-
-// ---- on the way out -----------------------------------------------------------------------
-
-// What is added up per channel over the tiles of a span, in double.
-struct Totals {
-  double* sum0;
-  double* sum1;
-  double* shift;  // of the statistics: a value of the first tile
-};
-
-// Adds a tile's sum of (y - pivot) and of its square: the sums of y - shift follow exactly enough,
-// since the pivot is one of the tile's own values.
-inline void add_statistics(const Totals& totals, int64_t channel, Value pivot, Value sum,
-                           Value square, int64_t count) {
-  float pivots[kLanes], sums[kLanes], squares[kLanes];
-  store(pivots, pivot);
-  store(sums, sum);
-  store(squares, square);
-  const double n = static_cast<double>(count), inverse = 1 / n;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const double s = static_cast<double>(sums[lane]), offset = s * inverse;
-    const double distance =
-        static_cast<double>(pivots[lane]) - totals.shift[channel + lane] + offset;
-    totals.sum0[channel + lane] += n * distance;
-    totals.sum1[channel + lane] +=
-        static_cast<double>(squares[lane]) - s * offset + n * distance * distance;
-  }
-}
-
-inline void add_gradient_sums(const Totals& totals, int64_t channel, Value sum, Value product) {
-  float sums[kLanes], products[kLanes];
-  store(sums, sum);
-  store(products, product);
-  for (int lane = 0; lane < kLanes; ++lane) {
-    totals.sum0[channel + lane] += static_cast<double>(sums[lane]);
-    totals.sum1[channel + lane] += static_cast<double>(products[lane]);
-  }
-}
-
-// The outputs of one tile and one vector of channels: epilogue, rounding, sums.
-template <class T, int kOut, bool kWhole>
-inline __attribute__((always_inline)) void finish_tile(const WinogradGeometry& g,
-                                                       const WinogradOutput& o, const Place& place,
-                                                       int64_t channel, int64_t lanes,
-                                                       int64_t column_of_sums, Totals& totals,
-                                                       Value (&y)[kOut][kOut]) {
-  const int64_t rows = kWhole ? kOut : std::min<int64_t>(kOut, g.out_height - place.row);
-  const int64_t columns = kWhole ? kOut : std::min<int64_t>(kOut, g.out_width - place.column);
-  const int64_t count = kWhole ? kLanes : lanes;
-  const auto each = [&](auto f) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int r = 0; r < (kWhole ? kOut : rows); ++r) {
-#pragma GCC unroll 4
-      for (int s = 0; s < (kWhole ? kOut : columns); ++s) f(r, s, y[r][s]);
-    }
-  };
-  const auto pixel = [&](const ImageView& view) {
-    return at<T>(view, place.image, place.row, place.column) + channel;
-  };
-  if (o.bias) {
-    const Value bias = load(o.bias + channel);
-    each([&](int, int, Value& v) { v = v + bias; });
-  }
-  if (o.addend.data) {
-    const T* addend = pixel(o.addend);
-    each([&](int r, int s, Value& v) {
-      v = v + load(addend + r * o.addend.row_stride + s * o.addend.column_stride, count);
-    });
-  }
-  if (o.activation != Activation::identity) {
-    dispatch_activation(o.activation, [&]<Activation kAct>(Constant<kAct>) {
-      each([&](int, int, Value& v) { v = activate<kAct>(v, o.negative_slope); });
-    });
-  }
-  const T* argument = o.argument.data ? pixel(o.argument) : nullptr;
-  const auto load_argument = [&](int r, int s) {
-    return load(argument + r * o.argument.row_stride + s * o.argument.column_stride, count);
-  };
-  if (o.derivative.scale && o.derivative.activation != Activation::identity) {
-    const Value scale = load(o.derivative.scale + channel),
-                shift = load(o.derivative.shift + channel);
-    dispatch_activation(o.derivative.activation, [&]<Activation kAct>(Constant<kAct>) {
-      each([&](int r, int s, Value& v) {
-        const Value z = fma(load_argument(r, s), scale, shift);
-        v = activation_grad<kAct>(v, z, o.derivative.negative_slope);
-      });
-    });
-  }
-  T* out = mutable_at<T>(o.out, place.image, place.row, place.column) + channel;
-  each([&](int r, int s, Value& v) {
-    T* to = out + r * o.out.row_stride + s * o.out.column_stride;
-    store(to, v, count);
-    if constexpr (sizeof(T) == 2) {
-      if (o.sums != Sums::none) v = load(to, count);
-    }
-  });
-  if (o.sums == Sums::statistics) {
-    const Value pivot = y[0][0];
-    Value sum = broadcast(0.0f), square = sum;
-    each([&](int, int, Value& v) {
-      const Value offset = v - pivot;
-      sum = sum + offset;
-      square = fma(offset, offset, square);
-    });
-    add_statistics(totals, column_of_sums, pivot, sum, square, rows * columns);
-  } else if (o.sums == Sums::gradient) {
-    const Value mean = load(o.mean + channel);
-    Value sum = broadcast(0.0f), product = sum;
-    each([&](int r, int s, Value& v) {
-      sum = sum + v;
-      product = fma(v, load_argument(r, s) - mean, product);
-    });
-    add_gradient_sums(totals, column_of_sums, sum, product);
-  }
 }
 
 // ---- convolution --------------------------------------------------------------------------
@@ -486,8 +349,8 @@ void transform_outputs(const WinogradGeometry& g, const WinogradOutput& o,
                        const WinogradOperands& operands, ChannelRange range, Workspace& space) {
   using W = Winograd<kOut>;
   for (int64_t t = 0; t < operands.tiles; ++t) {
-    const Place place(g, operands.first_tile + t, kOut);
-    const bool whole = place.row + kOut <= g.out_height && place.column + kOut <= g.out_width;
+    const TilePlace place = place_of(g, operands.first_tile + t, kOut);
+    const bool whole = place.rows == kOut && place.columns == kOut;
     for (int64_t k = 0; k < range.end - range.begin; k += kLanes) {
       Value m[W::kIn][W::kIn], y[kOut][kOut];
       const float* from = space.outputs + t * space.width + k;
@@ -506,9 +369,9 @@ void transform_outputs(const WinogradGeometry& g, const WinogradOutput& o,
         std::copy_n(first, kLanes, space.totals.shift + k);
       }
       if (whole && lanes == kLanes) {
-        finish_tile<T, kOut, true>(g, o, place, channel, lanes, k, space.totals, y);
+        finish_tile<T, kOut, kOut, true>(o, place, channel, lanes, k, space.totals, y);
       } else {
-        finish_tile<T, kOut, false>(g, o, place, channel, lanes, k, space.totals, y);
+        finish_tile<T, kOut, kOut, false>(o, place, channel, lanes, k, space.totals, y);
       }
     }
   }
@@ -518,9 +381,8 @@ void transform_outputs(const WinogradGeometry& g, const WinogradOutput& o,
 int64_t output_count(const WinogradGeometry& g, const WinogradOperands& operands) {
   int64_t count = 0;
   for (int64_t t = 0; t < operands.tiles; ++t) {
-    const Place place(g, operands.first_tile + t, g.tile);
-    count += std::min<int64_t>(g.tile, g.out_height - place.row) *
-             std::min<int64_t>(g.tile, g.out_width - place.column);
+    const TilePlace place = place_of(g, operands.first_tile + t, g.tile);
+    count += place.rows * place.columns;
   }
   return count;
 }
@@ -538,18 +400,7 @@ int64_t convolve(const WinogradGeometry& g, const WinogradOutput& o,
     }
     transform_outputs<T, kOut>(g, o, operands, range, space);
   });
-  const Totals& totals = space.totals;
-  if (o.sums == Sums::statistics) {
-    const double count = static_cast<double>(outputs);
-    for (int64_t k = 0; k < channels; ++k) {
-      const double offset = totals.sum0[k] / count;
-      sum0[k] = totals.shift[k] + offset;
-      sum1[k] = std::max(totals.sum1[k] - totals.sum0[k] * offset, 0.0);
-    }
-  } else if (o.sums == Sums::gradient) {
-    std::copy_n(totals.sum0, channels, sum0);
-    std::copy_n(totals.sum1, channels, sum1);
-  }
+  write_sums(space.totals, o.sums, channels, outputs, sum0, sum1);
   return outputs;
 }
 

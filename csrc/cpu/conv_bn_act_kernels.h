@@ -1,32 +1,16 @@
 // Interface between the convolution driver and the Winograd kernels, one table per instruction set.
 //
-// Images are channels-last: neighbours in memory are neighbouring channels, and everything else is
-// a stride, so that a slice of a wider tensor's channels needs no copy. Outputs are cut into tiles
-// of `tile` x `tile`, counted over images, rows and columns; a tile has (tile + 2)^2 points at
-// which the transformed operands are multiplied. docs/math/conv_bn_act.md has the formulas.
+// Outputs are cut into tiles of `tile` x `tile`, counted over images, rows and columns; a tile has
+// (tile + 2)^2 points at which the transformed operands are multiplied. docs/math/conv_bn_act.md
+// has the formulas.
 
 #pragma once
 
 #include <cstdint>
 
-#include "../common/types.h"
+#include "convolution_views.h"
 
 namespace resops {
-
-// Strides in elements. A null pointer: there is no such tensor.
-struct ImageView {
-  void* data = nullptr;
-  int64_t channels = 0, batch_stride = 0, row_stride = 0, column_stride = 0;
-};
-
-// act( scale * x + shift ), per channel; without scale x itself. Vectors hold 16 values more than
-// there are channels.
-struct Prologue {
-  const float* scale = nullptr;
-  const float* shift = nullptr;
-  Activation activation = Activation::identity;
-  float negative_slope = 0;
-};
 
 // A 3x3 convolution of stride 1.
 struct WinogradGeometry {
@@ -41,35 +25,11 @@ struct WinogradGeometry {
   Prologue prologue;
 };
 
-enum class Sums {
-  none,
-  statistics,  // of the rounded outputs: mean and M2
-  gradient,    // of the rounded outputs g: sum(g) and sum(g * (argument - mean))
-};
-
-// Element (out, in, row, column) of a weight is data[out * out_stride + ...]; a weight that is
-// turned around has negative strides.
-struct WeightView {
-  DType dtype;
-  void* data;
-  int64_t out_stride, in_stride, row_stride, column_stride;
-};
-
-struct WinogradOutput {
+struct WinogradOutput : ConvolutionOutput {
   // As transform_weight leaves it; or null, and then `raw_weight` is transformed on the way, which
   // is faster where it is used by few tiles: the transformed one has four times the size.
   const float* weight = nullptr;
   WeightView raw_weight;
-  ImageView out;
-  const float* bias = nullptr;  // like the prologue's vectors
-  ImageView addend;             // added before the activation
-  Activation activation = Activation::identity;
-  float negative_slope = 0;
-  // The output is multiplied by the derivative of this activation at its argument.
-  Prologue derivative;
-  ImageView argument;
-  const float* mean = nullptr;
-  Sums sums = Sums::none;
 };
 
 // Both operands of the products at every point, tiles x channels, for up to `capacity` tiles of
@@ -78,11 +38,6 @@ struct WinogradOperands {
   float* inputs;
   float* gradients;
   int64_t first_tile, tiles, capacity;
-};
-
-// A part of the channels; the beginnings are multiples of the width of a panel.
-struct ChannelRange {
-  int64_t begin, end;
 };
 
 struct WinogradKernels {

@@ -16,7 +16,15 @@
 namespace resops {
 namespace {
 
-enum class Wanted { automatic, winograd, library, onednn, matrix_product, transposed_product };
+enum class Wanted {
+  automatic,
+  winograd,
+  library,
+  onednn,
+  matrix_product,
+  transposed_product,
+  pointwise
+};
 
 std::atomic<bool> highest_precision{false};
 std::atomic<Wanted> wanted_algorithm{Wanted::automatic};
@@ -87,6 +95,7 @@ ConvPath wanted_pointwise_path(const ConvCall& call, Wanted wanted) {
   const bool of_weight = call.direction == ConvDirection::backward_weight;
   const bool strided_data = call.direction == ConvDirection::backward_data && !all(call.stride, 1);
   const char* reason = "the algorithm is set";
+  if (wanted == Wanted::pointwise && !strided_data) return {ConvAlgorithm::pointwise, reason};
   if (wanted == Wanted::onednn && !of_weight && !strided_data) {
     return {ConvAlgorithm::onednn, reason};
   }
@@ -122,19 +131,20 @@ T by_name(const std::array<std::pair<const char*, T>, kCount>& names, const std:
 
 constexpr std::array<std::pair<const char*, bool>, 2> kPrecisions{
     {{"high", false}, {"highest", true}}};
-constexpr std::array<std::pair<const char*, Wanted>, 6> kAlgorithms{
+constexpr std::array<std::pair<const char*, Wanted>, 7> kAlgorithms{
     {{"auto", Wanted::automatic},
      {"winograd", Wanted::winograd},
      {"library", Wanted::library},
      {"onednn", Wanted::onednn},
      {"matrix_product", Wanted::matrix_product},
-     {"transposed_product", Wanted::transposed_product}}};
+     {"transposed_product", Wanted::transposed_product},
+     {"pointwise", Wanted::pointwise}}};
 constexpr std::array<std::pair<const char*, ConvDirection>, 3> kDirections{
     {{"forward", ConvDirection::forward},
      {"backward_data", ConvDirection::backward_data},
      {"backward_weight", ConvDirection::backward_weight}}};
-constexpr std::array<const char*, 5> kAlgorithmNames{"library", "onednn", "matrix_product",
-                                                     "transposed_product", "winograd"};
+constexpr std::array<const char*, 6> kAlgorithmNames{
+    "library", "onednn", "matrix_product", "transposed_product", "winograd", "pointwise"};
 constexpr std::array<std::pair<const char*, at::ScalarType>, 4> kDtypes{
     {{"float32", at::kFloat},
      {"bfloat16", at::kBFloat16},
@@ -145,8 +155,12 @@ constexpr std::array<std::pair<const char*, at::ScalarType>, 4> kDtypes{
 
 ConvPath conv_path(const ConvCall& call) {
   const Wanted wanted = wanted_algorithm;
-  if (wanted != Wanted::library && call.dtype == at::kFloat && is_pointwise(call)) {
-    return wanted_pointwise_path(call, wanted);
+  // In 16 bits the library's, but where our kernel is asked for.
+  const bool has_kernels =
+      call.dtype == at::kFloat || (wanted == Wanted::pointwise && is_half(call.dtype));
+  if (wanted != Wanted::library && has_kernels && is_pointwise(call)) {
+    const ConvPath path = wanted_pointwise_path(call, wanted);
+    if (call.dtype == at::kFloat || path.algorithm == ConvAlgorithm::pointwise) return path;
   }
   if (const char* refusal = winograd_refusal(call)) return {ConvAlgorithm::library, refusal};
   if (wanted == Wanted::library) return {ConvAlgorithm::library, "the algorithm is set"};

@@ -18,6 +18,7 @@ enum class ConvAlgorithm {
   matrix_product,      // a 1x1 convolution as the product of two matrices
   transposed_product,  // the gradient of its weight as x^T * grad_y, transposed afterwards
   winograd,
+  pointwise,  // our own product of matrices for a 1x1 convolution
 };
 
 struct ConvCall {
@@ -39,7 +40,7 @@ ConvPath conv_path(const ConvCall& call);
 void set_conv_precision(const std::string& name);
 
 // "auto"; or for tests and benchmarks "winograd", wherever it is possible, "library", or one of the
-// three for 1x1 convolutions.
+// four for 1x1 convolutions.
 // std::invalid_argument for anything else. For all threads.
 void set_conv_algorithm(const std::string& name);
 std::string conv_algorithm();

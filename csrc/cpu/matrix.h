@@ -27,6 +27,12 @@ constexpr int kRows = 2, kPanelPacks = 1;  // 8 of 16 registers of 4 floats
 #endif
 constexpr int kPanel = kPanelPacks * kLanes;
 
+// The step between rows of a copied operand. One vector more than needed: what lies in one column
+// of many rows does not all compete for one set of a cache.
+inline int64_t padded(int64_t channels) {
+  return (channels + kLanes - 1) / kLanes * kLanes + kLanes;
+}
+
 // Where a block of the product lies; steps in elements.
 struct Product {
   const float* a;
@@ -36,10 +42,15 @@ struct Product {
   float* out;
   int64_t out_step;  // between rows
   int64_t depth;     // values of i
+  // Memory that is needed later, in lines of 64 bytes, of which `depth` are asked for at most: one
+  // with each step, so that the products hide the wait. In one go they would fill the buffers that
+  // loads need as well.
+  const char* ahead = nullptr;
+  int64_t ahead_lines = 0;
 };
 
 // kTransposed: neighbours in memory of a are rows, else they are values of i.
-template <int kCount, int kPacks, bool kTransposed, bool kAccumulate>
+template <int kCount, int kPacks, bool kTransposed, bool kAccumulate, bool kAhead>
 void multiply_rows(const Product& m) {
   const int64_t a_row = kTransposed ? 1 : m.a_step, a_column = kTransposed ? m.a_step : 1;
   Pack<float> sum[kCount][kPacks];
@@ -57,7 +68,12 @@ void multiply_rows(const Product& m) {
 #pragma GCC unroll 8
   for (int q = 0; q < kPointers; ++q) a[q] = m.a + 3 * q * a_row;
   const float* b = m.b;
+  const char* ahead = m.ahead;
   for (int64_t i = 0; i < m.depth; ++i) {
+    if constexpr (kAhead) {
+      if (i < m.ahead_lines) __builtin_prefetch(ahead, 0, 2);
+      ahead += 64;
+    }
     Pack<float> row[kPacks];
 #pragma GCC unroll 2
     for (int p = 0; p < kPacks; ++p) row[p] = load(b + p * kLanes);
@@ -79,13 +95,13 @@ void multiply_rows(const Product& m) {
 }
 
 // out (+)= a * b for any number of rows and up to kPanel columns; 16 * ceil(columns / 16) are
-// written.
-template <bool kTransposed, bool kAccumulate>
+// written. kAhead: fetches what the product names; with more rows than kRows several times.
+template <bool kTransposed, bool kAccumulate, bool kAhead = false>
 void multiply(Product m, int64_t rows, int64_t columns) {
   using Kernel = void (*)(const Product&);
   const auto table = []<int... kCount>(std::integer_sequence<int, kCount...>, auto packs) {
     return std::array<Kernel, kRows>{
-        &multiply_rows<kCount + 1, decltype(packs)::value, kTransposed, kAccumulate>...};
+        &multiply_rows<kCount + 1, decltype(packs)::value, kTransposed, kAccumulate, kAhead>...};
   };
   using Counts = std::make_integer_sequence<int, kRows>;
   static const std::array<Kernel, kRows> whole =

@@ -1,7 +1,7 @@
 // Cuts a convolution into blocks of tiles and hands them to the kernels. How it is cut depends on
 // its size alone, and sums are merged in the order of the blocks: the bits are the same for any
-// number of threads. A thread's workspace is at most 64 MB up to 7000 output channels; docs/math/
-// conv_bn_act.md says what the numbers below weigh against each other.
+// number of threads. A thread's workspace is at most 64 MB; docs/math/conv_bn_act.md says what the
+// numbers below weigh against each other.
 
 #include "winograd_convolution.h"
 
@@ -9,9 +9,11 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "../common/tensor_checks.h"
 #include "conv_bn_act_kernels.h"
+#include "convolution_tensors.h"
 #include "driver.h"
 #include "scratch.h"
 
@@ -35,42 +37,9 @@ int64_t points(int tile) { return (tile + 2) * (tile + 2); }
 
 Tensor float_buffer(int64_t size) { return at::empty({size}, at::kFloat); }
 
-// Neighbouring channels in neighbouring places.
-Tensor with_dense_channels(const Tensor& t) {
-  const bool dense = t.size(1) == 1 || t.stride(1) == 1;
-  return dense ? t : t.contiguous(at::MemoryFormat::ChannelsLast);
-}
-
-ImageView view(const Tensor& t) {
-  return {const_cast<void*>(t.const_data_ptr()), t.size(1), t.stride(0), t.stride(2), t.stride(3)};
-}
-
-// A vector as kernels read it, whole packs at a time.
-std::vector<float> padded_vector(const Tensor& t) {
-  std::vector<float> values(t.numel() + 16);
-  visit_values(t, [&](auto& value, int64_t i) { values[i] = static_cast<float>(value); });
-  return values;
-}
-
-// A prologue and the vectors that it points to.
-struct PrologueValues {
-  explicit PrologueValues(const ChannelPrologue& from) {
-    prologue.activation = from.activation;
-    prologue.negative_slope = static_cast<float>(from.negative_slope);
-    if (!from.scale) return;
-    scale = padded_vector(*from.scale);
-    shift = padded_vector(*from.shift);
-    prologue.scale = scale.data();
-    prologue.shift = shift.data();
-  }
-  std::vector<float> scale, shift;
-  Prologue prologue;
-};
-
-WeightView weight_view(const Tensor& w, bool turned) {
-  WeightView v{kernel_dtype(w), const_cast<void*>(w.const_data_ptr()),
-               w.stride(0),     w.stride(1),
-               w.stride(2),     w.stride(3)};
+// With inputs and outputs exchanged, and turned by half a circle, if `turned`.
+WeightView oriented_view(const Tensor& w, bool turned) {
+  WeightView v = weight_view(w);
   if (turned) {
     std::swap(v.out_stride, v.in_stride);
     v.data = static_cast<char*>(v.data) +
@@ -117,11 +86,6 @@ struct Images {
   int64_t tiles;
 };
 
-// Tiles of a block, so that all blocks are nearly equal and none has more than `most`.
-int64_t equal_blocks(int64_t tiles, int64_t most) {
-  return ceil_div(tiles, ceil_div(tiles, std::max<int64_t>(most, 1)));
-}
-
 // Of the convolution. Few channels: what a block needs stays in the second-level cache. Many: there
 // the weight does not, and is used for more tiles each time it is read.
 int64_t convolution_block(const WinogradGeometry& g, int64_t tiles) {
@@ -140,47 +104,6 @@ int64_t gradient_block(const WinogradGeometry& g, int64_t tiles) {
       std::clamp(2 * float_points * g.in_channels * g.out_channels, kCacheBytes, kOperandBytes);
   return equal_blocks(tiles, wanted / (float_points * (g.in_channels + g.out_channels + 64)));
 }
-
-// Sums of a convolution's blocks, in the order of the blocks.
-struct BlockSums {
-  BlockSums(int64_t blocks, int64_t channels_, bool wanted)
-      : channels(channels_),
-        counts(blocks),
-        first(wanted ? blocks * channels_ : 0),
-        second(first) {}
-
-  double* first_at(int64_t block) { return first.data() + (first.empty() ? 0 : block * channels); }
-  double* second_at(int64_t block) {
-    return second.data() + (second.empty() ? 0 : block * channels);
-  }
-
-  // Chan, Golub and LeVeque's merge of (count, mean, M2): mean and variance of everything.
-  void merge_statistics() {
-    double total = static_cast<double>(counts[0]);
-    for (size_t block = 1; block < counts.size(); ++block) {
-      const double count = static_cast<double>(counts[block]), sum = total + count;
-      for (int64_t c = 0; c < channels; ++c) {
-        const double delta = first_at(block)[c] - first[c];
-        first[c] += delta * (count / sum);
-        second[c] += second_at(block)[c] + delta * delta * (total * count / sum);
-      }
-      total = sum;
-    }
-    for (int64_t c = 0; c < channels; ++c) second[c] /= total;
-  }
-  void add_up() {
-    for (size_t block = 1; block < counts.size(); ++block) {
-      for (int64_t c = 0; c < channels; ++c) {
-        first[c] += first_at(block)[c];
-        second[c] += second_at(block)[c];
-      }
-    }
-  }
-
-  int64_t channels;
-  std::vector<int64_t> counts;
-  std::vector<double> first, second;  // of all blocks; merged, in the first `channels`
-};
 
 // All blocks of a convolution.
 void convolve_blocks(const WinogradGeometry& g, const WinogradOutput& output, int64_t tiles,
@@ -234,13 +157,6 @@ Tensor transform_weight(const WeightView& weight, int tile, int64_t in_channels,
   return transformed;
 }
 
-Tensor to_tensor(const std::vector<double>& values, int64_t count, const Tensor& like) {
-  Tensor t = at::empty({count}, like.options().dtype(at::kFloat));
-  float* data = t.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < count; ++i) data[i] = static_cast<float>(values[i]);
-  return t;
-}
-
 }  // namespace
 
 int winograd_tile(int64_t out_height, int64_t out_width) {
@@ -253,7 +169,7 @@ int winograd_tile(int64_t out_height, int64_t out_width) {
 Tensor winograd_transform_weight(const Tensor& weight, bool turned, int tile) {
   const int64_t in_channels = weight.size(turned ? 0 : 1),
                 out_channels = weight.size(turned ? 1 : 0);
-  return transform_weight(weight_view(weight, turned), tile, in_channels, out_channels);
+  return transform_weight(oriented_view(weight, turned), tile, in_channels, out_channels);
 }
 
 bool is_transformed_weight(const Tensor& transformed, at::IntArrayRef weight_size, int tile) {
@@ -271,7 +187,7 @@ std::tuple<Tensor, Tensor> winograd_forward(at::TensorList inputs, const Channel
   const int64_t block = convolution_block(g, images.tiles);
 
   WinogradOutput output;
-  output.raw_weight = weight_view(weight, turned);
+  output.raw_weight = oriented_view(weight, turned);
   // A weight that is used by one block alone is transformed on the way.
   const bool on_the_way = transformed == nullptr && block >= images.tiles;
   Tensor at_points = transformed ? *transformed : Tensor();
@@ -279,42 +195,11 @@ std::tuple<Tensor, Tensor> winograd_forward(at::TensorList inputs, const Channel
     at_points = transform_weight(output.raw_weight, g.tile, g.in_channels, g.out_channels);
   }
   if (!on_the_way) output.weight = at_points.const_data_ptr<float>();
-  output.out = view(out);
-
-  std::vector<float> bias, mean;
-  if (epilogue.bias) bias = padded_vector(*epilogue.bias);
-  if (epilogue.bias) output.bias = bias.data();
-  Tensor addend, argument;
-  if (epilogue.addend) {
-    addend = with_dense_channels(*epilogue.addend);
-    output.addend = view(addend);
-  }
-  output.activation = epilogue.activation;
-  output.negative_slope = static_cast<float>(epilogue.negative_slope);
-  const PrologueValues derivative(epilogue.derivative);
-  output.derivative = derivative.prologue;
-  if (epilogue.argument) {
-    argument = with_dense_channels(*epilogue.argument);
-    output.argument = view(argument);
-  }
-  if (epilogue.statistics) output.sums = Sums::statistics;
-  if (epilogue.mean) {
-    output.sums = Sums::gradient;
-    mean = padded_vector(*epilogue.mean);
-    output.mean = mean.data();
-  }
+  const OutputValues values(epilogue, out, with_dense_channels, output);
 
   BlockSums sums(ceil_div(images.tiles, block), g.out_channels, output.sums != Sums::none);
   convolve_blocks(g, output, images.tiles, block, sums);
-  if (output.sums == Sums::statistics) {
-    sums.merge_statistics();
-  } else if (output.sums == Sums::gradient) {
-    sums.add_up();
-    const std::vector<double> invstd = to_vector(*epilogue.invstd);
-    for (int64_t c = 0; c < g.out_channels; ++c) sums.second[c] *= invstd[c];
-  }
-  const int64_t count = output.sums == Sums::none ? 0 : g.out_channels;
-  return {to_tensor(sums.first, count, out), to_tensor(sums.second, count, out)};
+  return sums.merged(output.sums, epilogue, out);
 }
 
 void winograd_backward_weight(const Tensor& grad_y, at::TensorList inputs,
@@ -325,30 +210,26 @@ void winograd_backward_weight(const Tensor& grad_y, at::TensorList inputs,
   const WinogradGeometry& g = images.geometry;
   const Tensor grad = with_dense_channels(grad_y);
   const ImageView grad_view = view(grad);
-  const WeightView out = weight_view(grad_weight, false);
+  const WeightView out = weight_view(grad_weight);
   const int64_t block = gradient_block(g, images.tiles), blocks = ceil_div(images.tiles, block);
   // A unit of work is the product of some input channels, the columns, and some output channels,
   // the rows. There is one for each thread at least; which unit a value is in does not change it.
   const int64_t most_columns = ceil_div(ceil_div(g.in_channels, k.panel), at::get_num_threads());
-  const int64_t rows_bytes = points(g.tile) * g.out_channels * static_cast<int64_t>(sizeof(float));
-  const int64_t fitting = std::max<int64_t>(kProductBytes / rows_bytes / k.panel, 1) * k.panel;
-  const int64_t columns = std::min({most_columns * k.panel, fitting, kGradientColumns});
+  const int64_t columns = std::min(most_columns * k.panel, kGradientColumns);
   const int64_t rows = equal_blocks(g.out_channels, blocks == 1 ? kRowsOfOneBlock : kGradientRows);
-  const int64_t column_ranges = ceil_div(g.in_channels, columns);
   const int64_t row_ranges = ceil_div(g.out_channels, rows);
+  const int64_t all_units = ceil_div(g.in_channels, columns) * row_ranges;
   const int64_t unit_size = k.product_size(g.tile, columns, rows);
   // With several blocks the products of all units wait for the next one; of as many as may wait.
-  const int64_t range_bytes = row_ranges * unit_size * static_cast<int64_t>(sizeof(float));
-  const int64_t group = blocks == 1
-                            ? column_ranges
-                            : std::clamp<int64_t>(kProductBytes / range_bytes, 1, column_ranges);
+  const int64_t waiting = kProductBytes / (unit_size * static_cast<int64_t>(sizeof(float)));
+  const int64_t group = blocks == 1 ? all_units : equal_blocks(all_units, waiting);
 
   const Scratch inputs_at_points(k.operand_size(g.tile, g.in_channels, block));
   const Scratch gradients_at_points(k.operand_size(g.tile, g.out_channels, block));
-  const Scratch products(blocks == 1 ? 0 : group * row_ranges * unit_size);
+  const Scratch products(blocks == 1 ? 0 : group * unit_size);
   WinogradOperands operands{inputs_at_points.data(), gradients_at_points.data(), 0, 0, block};
-  for (int64_t first = 0; first < column_ranges; first += group) {
-    const int64_t units = std::min(group, column_ranges - first) * row_ranges;
+  for (int64_t first = 0; first < all_units; first += group) {
+    const int64_t units = std::min(group, all_units - first);
     for (int64_t i = 0; i < blocks; ++i) {
       operands.first_tile = i * block;
       operands.tiles = std::min(block, images.tiles - i * block);
@@ -359,8 +240,8 @@ void winograd_backward_weight(const Tensor& grad_y, at::TensorList inputs,
       at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
         const Scratch own(blocks == 1 ? unit_size : 0);
         for (int64_t unit = begin; unit < end; ++unit) {
-          const int64_t c = (first + unit / row_ranges) * columns;
-          const int64_t row = unit % row_ranges * rows;
+          const int64_t c = (first + unit) / row_ranges * columns;
+          const int64_t row = (first + unit) % row_ranges * rows;
           float* product = blocks == 1 ? own.data() : products.data() + unit * unit_size;
           k.gradient(g, operands, {c, std::min(c + columns, g.in_channels)},
                      {row, std::min(row + rows, g.out_channels)}, i > 0, i + 1 == blocks, product,

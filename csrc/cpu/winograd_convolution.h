@@ -4,35 +4,11 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "../common/types.h"
+#include "convolution_tensors.h"
 
 namespace resops {
-
-// act( scale * x + shift ), per channel.
-struct ChannelPrologue {
-  std::optional<at::Tensor> scale, shift;
-  Activation activation = Activation::identity;
-  double negative_slope = 0;
-};
-
-// What is applied to the output before it is rounded, in this order.
-struct ConvolutionEpilogue {
-  std::optional<at::Tensor> bias;
-  std::optional<at::Tensor> addend;  // like the output
-  Activation activation = Activation::identity;
-  double negative_slope = 0;
-  // The derivative of act( scale * argument + shift ), by which the output is multiplied.
-  ChannelPrologue derivative;
-  std::optional<at::Tensor> argument;
-  // Of the rounded output: mean and variance; or, with `mean` and `invstd`, the sums of the output
-  // and of the output times (argument - mean) * invstd.
-  bool statistics = false;
-  std::optional<at::Tensor> mean, invstd;
-};
 
 // Outputs along a side of a tile: 4, or 2 where that takes fewer multiplications.
 int winograd_tile(int64_t out_height, int64_t out_width);
@@ -58,9 +34,5 @@ std::tuple<at::Tensor, at::Tensor> winograd_forward(
 void winograd_backward_weight(const at::Tensor& grad_y, at::TensorList inputs,
                               const ChannelPrologue& prologue, at::IntArrayRef padding,
                               const at::Tensor& grad_weight);
-
-// The weight of a folded convolution at all points, for conv_bn_act_folded and an output of this
-// size; checks its argument.
-at::Tensor winograd_weight(const at::Tensor& weight, int64_t out_height, int64_t out_width);
 
 }  // namespace resops

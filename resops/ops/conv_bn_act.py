@@ -129,15 +129,15 @@ class FoldedConvolution:
         self.wide_bias = bias  # oneDNN and the CUDA kernel add a float32 bias to a 16-bit sum
         self.onednn = at.onednn and _onednn_takes(at)
         self.joins_residual = False
-        self.at_points: Tensor | None = None  # the weight that Winograd's algorithm multiplies by
+        self.prepared: Tensor | None = None  # the weight as resops' own kernels multiply by it
         if not self.onednn:
             return
         # |conv(x) + bias| <= gain * max|x| + offset
         magnitudes = self.weight.abs().flatten(1).sum(1, dtype=torch.float32)
         self.gain, self.offset = float(magnitudes.max()), float(bias.abs().max())
-        if self._takes_winograd(at, layout_of):
+        if self._takes_kernel(at, layout_of):
             assert _native.module is not None
-            self.at_points = _native.module.winograd_weight(self.weight, *output_size[1:])
+            self.prepared = _native.module.prepared_weight(self.weight, *output_size[1:])
             return
         # Packed weights make the output channels-last; so it is if either of the two is.
         if len(at.x_size) == 3 and (at.channels_last or is_channels_last_only(layout_of)):
@@ -152,7 +152,8 @@ class FoldedConvolution:
             # The post-operation for it is there for such weights, and one group, only.
             self.joins_residual = groups == 1
 
-    def _takes_winograd(self, at: Situation, layout_of: Tensor) -> bool:
+    def _takes_kernel(self, at: Situation, layout_of: Tensor) -> bool:
+        """Whether one of resops' own kernels was measured to be faster than oneDNN's."""
         if not at.native or _native.module is None or self.groups != 1 or len(at.x_size) != 3:
             return False
         if not (at.channels_last or is_channels_last_only(layout_of)):
@@ -161,7 +162,8 @@ class FoldedConvolution:
         channels = math.prod(self.weight.shape[:2])
         # Measured, for any number of images: what is read of the weight at all points, four times
         # the weight, is to stay in the second-level cache, or to be used by many tiles.
-        if tiles < _MANY_TILES and (tiles < _SOME_TILES or channels > _CACHED_CHANNELS):
+        few = tiles < _MANY_TILES and (tiles < _SOME_TILES or channels > _CACHED_CHANNELS)
+        if few and self.weight.size(2) > 1:
             return False
         geometry = [list(size) for size in (self.stride, self.padding, self.dilation)]
         algorithm, _ = _native.module.conv_path(
@@ -172,7 +174,7 @@ class FoldedConvolution:
             list(self.weight.shape),
             *geometry,
         )
-        return at.dtype == torch.float32 and algorithm == "winograd"
+        return at.dtype == torch.float32 and algorithm in ("winograd", "pointwise")
 
     def takes(self, x: Tensor, residual: Tensor | None) -> bool:
         """Whether ``residual`` has the size of the output."""
@@ -212,15 +214,16 @@ class FoldedConvolution:
         self, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float
     ) -> Tensor:
         bound = self._bound(x, residual, activation)
-        if self.at_points is not None:
+        if self.prepared is not None:
             y = torch.ops.resops.conv_bn_act_folded(
                 x,
                 self.weight,
-                self.at_points,
+                self.prepared,
                 self.wide_bias,
                 residual,
                 activation,
                 negative_slope,
+                self.stride,
                 self.padding,
             )
             self._remember(y, bound, activation, negative_slope)

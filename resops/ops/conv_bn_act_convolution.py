@@ -230,14 +230,35 @@ def convolution_path(
         direction: "forward", "backward_data" or "backward_weight".
 
     Returns:
-        "winograd", "matrix_product", "transposed_product" (a product whose result is transposed),
-        "onednn" (oneDNN's where PyTorch would take something else) or "library" (PyTorch's own
-        convolution), and the reason.
+        "winograd", "pointwise" (resops' own kernel for 1x1), "matrix_product",
+        "transposed_product" (a product whose result is transposed), "onednn" (oneDNN's where
+        PyTorch would take something else) or "library" (PyTorch's own convolution), and the reason.
     """
     native = native_geometry(x, weight, bias, stride, padding, dilation, groups)
     if isinstance(native, str):
         return "library", native
     return path_of(x, x.size(1), weight, native, direction)
+
+
+def native_path(
+    direction: str,
+    x: Tensor,
+    weight: Tensor,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+) -> str | None:
+    """The algorithm of a phase; None where the native convolution does not take the call.
+
+    Args:
+        x: what is convolved, or the first of several slices of it along the channels.
+    """
+    channels = weight.size(1) if weight.dim() == 4 else None
+    native = native_geometry(x, weight, None, stride, padding, dilation, groups, channels)
+    if isinstance(native, str):
+        return None
+    return path_of(x, weight.size(1), weight, native, direction)[0]
 
 
 def path_of(

@@ -92,6 +92,13 @@ def fake_forward(
     return empty_channels_last(x, size), *_per_channel(x, size[1], statistics)
 
 
+def fake_forward_into(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *shared, out = arguments
+    y, mean, var = fake_forward(*shared)
+    _check_devices(y, out=out)
+    return mean, var
+
+
 def fake_backward_data(
     grad_y: Tensor,
     conv_weight: Tensor,
@@ -134,17 +141,18 @@ def fake_backward_weight(
 def fake_folded(
     x: Tensor,
     conv_weight: Tensor,
-    at_points: Tensor,
+    prepared: Tensor,
     conv_bias: Tensor,
     residual: Tensor | None,
     activation: str,
     negative_slope: float,
+    stride: list[int],
     padding: list[int],
 ) -> Tensor:
     _check_devices(
-        x, conv_weight=conv_weight, at_points=at_points, conv_bias=conv_bias, residual=residual
+        x, conv_weight=conv_weight, prepared=prepared, conv_bias=conv_bias, residual=residual
     )
-    size = output_size(list(x.shape), list(conv_weight.shape), [1, 1], padding, [1, 1])
+    size = output_size(list(x.shape), list(conv_weight.shape), stride, padding, [1, 1])
     return empty_channels_last(x, size)
 
 
@@ -156,6 +164,7 @@ FAKES: dict[str, Callable[..., Any]] = {
 
 if _native.module is not None:
     torch.library.register_fake("resops::conv_bn_act_folded", fake_folded)
+    torch.library.register_fake("resops::conv_bn_act_forward_into", fake_forward_into)
     for phase, fake in FAKES.items():
         torch.library.register_fake(f"resops::conv_bn_act_{phase}", fake)
 

@@ -22,7 +22,7 @@ from .conv_bn_act_convolution import (
     native_geometry,
     path_of,
 )
-from .conv_bn_act_convolution import Geometry as WinogradGeometry
+from .conv_bn_act_convolution import Geometry as NativeGeometry
 from .conv_bn_act_phases import paddings_of, size_tuple
 from .convolution import Geometry, Input
 
@@ -92,7 +92,7 @@ def convolution_of_slices(
 ) -> Tensor:
     """:func:`conv_bn_act_convolution.convolution` of tensors side by side along the channels.
 
-    Winograd's kernels on a CPU, and the kernels of a backend that was chosen by name where they
+    resops' own kernels on a CPU, and the kernels of a backend that was chosen by name where they
     were measured to be faster or :func:`convolution.convolutions` asks for them, read each of them
     where it is; for others they are concatenated.
     """
@@ -102,7 +102,7 @@ def convolution_of_slices(
         fused = _fused(slices, *arguments)
         if fused is not None:
             return fused
-        native = _winograd_geometry(slices, *arguments)
+        native = _native_geometry(slices, *arguments)
         if native is not None:
             y: Tensor = apply_function(ConvolutionFunction, first, weight, bias, *native, *more)
             return y
@@ -136,7 +136,7 @@ def _fused(
     writes the input, and the pass reads the output.
     """
     first = slices[0]
-    # Of the native kernels only Winograd's take slices.
+    # The native kernels that take slices are the layers' own.
     if _dispatch.get_backend() != "triton" or traced_to_aten():
         return None
     pads = paddings_of(padding, tuple(weight.shape[2:]), size_tuple(dilation, 2))
@@ -166,7 +166,7 @@ def _fused(
     return y
 
 
-def _winograd_geometry(
+def _native_geometry(
     slices: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None,
@@ -174,8 +174,9 @@ def _winograd_geometry(
     padding: Size | str,
     dilation: Size,
     groups: int,
-) -> WinogradGeometry | None:
-    """Of a call that Winograd's kernels take; None where there are none, or a compiler decides."""
+) -> NativeGeometry | None:
+    """Of a call that resops' own kernels on a CPU take; None where there are none, or a compiler
+    decides."""
     if torch.compiler.is_compiling():
         return None
     first, channels = slices[0], Input(slices).size[1]
@@ -183,4 +184,4 @@ def _winograd_geometry(
     if isinstance(native, str):
         return None
     path, _ = path_of(first, channels, weight, native, "forward")
-    return native if path == "winograd" else None
+    return native if path in ("winograd", "pointwise") else None

@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import _dispatch
 from ..reference.conv_bn_act import convolution
 from . import convolution_table
-from .conv_bn_act_convolution import native_geometry
+from .conv_bn_act_convolution import native_path
 
 LIBRARY, PLAIN, FUSED = "library", "plain", "fused"
 _CHOICES = ("auto", LIBRARY, FUSED)
@@ -187,24 +187,27 @@ def choose(
     if wanted == FUSED:
         return FUSED
     if first.device.type == "cpu":
-        return _choose_on_cpu(backend, first, weight, geometry)
+        return _choose_on_cpu(phase, backend, first, weight, geometry)
     how = (weight, geometry[:3], prologue)
     faster = convolution_table.fused_is_faster(phase, backend, input.like(), *how)
     return FUSED if faster else LIBRARY
 
 
-def _choose_on_cpu(backend: str, x: Tensor, weight: Tensor, geometry: Geometry) -> str:
+def _choose_on_cpu(phase: str, backend: str, x: Tensor, weight: Tensor, geometry: Geometry) -> str:
     """By the rules that csrc/cpu/conv_path.cpp has from measurements, which are for layers.
 
-    Winograd's algorithm normalises as it transforms tiles. Of the 1x1 convolutions no kernel is
-    resops' own: batch norm's pass over their input is made by batch norm.
+    resops' own kernels normalise on load: Winograd's as they transform tiles, those for 1x1 as they
+    copy rows. For the other algorithms batch norm's pass over their input is made by batch norm.
     """
     stride, padding, dilation, groups = geometry
-    # x may be the first of several slices: the weight, which was checked, has their channels.
-    taken = native_geometry(x, weight, None, stride, padding, dilation, groups, weight.size(1))
-    if backend != "native" or isinstance(taken, str):
+    if backend != "native":
         return LIBRARY
-    return FUSED if tuple(weight.shape[2:]) == (3, 3) else PLAIN
+    # x may be the first of several slices.
+    algorithm = native_path(phase, x, weight, stride, padding, dilation, groups)
+    if algorithm is None:
+        return LIBRARY
+    fused = algorithm == "pointwise" or tuple(weight.shape[2:]) == (3, 3)
+    return FUSED if fused else PLAIN
 
 
 def forward(

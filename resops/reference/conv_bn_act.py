@@ -273,18 +273,19 @@ def conv_bn_act_backward_weight(
 def conv_bn_act_folded(
     x: Tensor,
     conv_weight: Tensor,
-    at_points: Tensor,
+    prepared: Tensor,
     conv_bias: Tensor,
     residual: Tensor | None,
     activation: str,
     negative_slope: float,
+    stride: list[int],
     padding: list[int],
 ) -> Tensor:
     """act( conv(x) + conv_bias [+ residual] ), the batch norm folded into weight and bias by
-    :func:`fold`; a 3x3 convolution of stride 1.
+    :func:`fold`; a 3x3 convolution of stride 1 or a 1x1 one without padding.
 
     Args:
-        at_points: the weight in the form in which a backend keeps it from call to call; not read
+        prepared: the weight in the form in which a backend keeps it from call to call; not read
             here.
     """
     ones = [1, 1]
@@ -297,7 +298,7 @@ def conv_bn_act_folded(
         residual,
         activation,
         negative_slope,
-        ones,
+        stride,
         padding,
         ones,
         False,

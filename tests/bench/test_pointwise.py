@@ -18,11 +18,11 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert _C.conv_algorithm() == "auto"
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "->" in line]
     # name, size, count, phase; the times of onednn and matrix_product, or, of the gradient of the
-    # weight, of the two products; the choice and what it loses
+    # weight, of the two products, and of resops' kernel; the choice and what it loses
     assert [row[4] for row in rows] == ["forward", "backward_data", "backward_weight"]
     for row in rows:
-        times, chosen, lost = [float(t) for t in row[5:7]], row[7], float(row[8])
-        assert len(row) == 10 and min(times) >= 0 and lost >= 0 and chosen == "matrix_product"
+        times, chosen, lost = [float(t) for t in row[5:8]], row[8], float(row[9])
+        assert len(row) == 11 and min(times) >= 0 and lost >= 0 and chosen == "matrix_product"
 
 
 def test_all_shapes_are_pointwise() -> None:

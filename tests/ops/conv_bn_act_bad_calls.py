@@ -80,11 +80,12 @@ def good_folded() -> dict[str, Any]:
     return {
         "x": torch.ones(2, 16, 9, 8),
         "conv_weight": torch.ones(16, 16, 3, 3),
-        "at_points": torch.empty(0),
+        "prepared": torch.empty(0),
         "conv_bias": torch.ones(16),
         "residual": None,
         "activation": "relu",
         "negative_slope": 0.0,
+        "stride": [1, 1],
         "padding": [1, 1],
     }
 

@@ -28,6 +28,7 @@ from resops.reference import conv_bn_act as reference
 from resops.reference.batch_norm import batch_norm_backward_reduce, batch_norm_statistics
 from tests.accuracy import UNIT_ROUNDOFF
 from tests.dispatch import counted_calls
+from tests.tensors import in_poison
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -307,15 +308,6 @@ def inner_calls(f: Callable[[], Any]) -> tuple[Any, set[str]]:
     return outputs, {event.key for event in profile.key_averages()}
 
 
-def in_poison(t: Tensor) -> Tensor:
-    """The same values inside a tensor with more channels, rows and columns, which are NaN."""
-    n, c, h, w = t.shape
-    wide = t.new_full((n, c + 7, h + 2, w + 3), float("nan")).contiguous(memory_format=CL)
-    inner = wide[:, 3 : 3 + c, 1 : 1 + h, 2 : 2 + w]
-    inner.copy_(t)
-    return inner
-
-
 @pytest.mark.parametrize("shape", SHAPES[2:5], ids=str)
 def test_slices_need_no_copy_and_let_nothing_in(
     shape: Any, capability: str, winograd: None
@@ -447,14 +439,18 @@ def test_workspace_is_bounded(one_thread: None) -> None:
     assert _C.scratch_peak() == 0
 
 
-def test_a_workspace_beyond_the_bound_of_many_channels(one_thread: None) -> None:
-    """The least that is multiplied at a time, a panel of columns, is more than the bound: 83 MB."""
+def test_workspace_of_many_output_channels(one_thread: None) -> None:
+    """The products of one panel of input channels with all output channels would be 83 MB."""
+    from resops import _C
+
     channels = 18_000
     x, grad = (torch.randn(4, c, 5, 5).to(memory_format=CL) for c in (16, channels))
     none, geometry = (None, None, "identity", 0.0), ([1, 1], [1, 1], [1, 1])
+    _C.scratch_peak()
     found = torch.ops.resops.conv_bn_act_backward_weight(
         grad, [x], *none, [channels, 16, 3, 3], *geometry
     )
+    assert 0 < _C.scratch_peak() < 64 << 20
     some = torch.tensor([0, 139, 140, channels - 1])
     exact = conv2d_weight(x.double(), (len(some), 16, 3, 3), grad[:, some].double(), padding=1)
     terms = conv2d_weight(
@@ -721,7 +717,7 @@ def test_folded_op_with_a_weight_of_another_size() -> None:
     """Not one that was transformed for these points: it is transformed again."""
     x, weight, bias = torch.randn(2, 16, 9, 8), torch.randn(16, 16, 3, 3), torch.randn(16)
     y = torch.ops.resops.conv_bn_act_folded(
-        x, weight, torch.empty(0), bias, None, "relu", 0.0, [1, 1]
+        x, weight, torch.empty(0), bias, None, "relu", 0.0, [1, 1], [1, 1]
     )
     torch.testing.assert_close(
         y, F.relu(F.conv2d(x, weight, bias, padding=1)), rtol=1e-3, atol=1e-3
@@ -733,8 +729,8 @@ def test_registration_of_the_folded_op() -> None:
 
     x = torch.randn(2, 16, 9, 8).to(memory_format=CL)
     weight, bias = torch.randn(20, 16, 3, 3), torch.randn(20)
-    at_points = _C.winograd_weight(weight, 9, 8)
-    arguments = (x, weight, at_points, bias, None, "relu", 0.0, [1, 1])
+    prepared = _C.prepared_weight(weight, 9, 8)
+    arguments = (x, weight, prepared, bias, None, "relu", 0.0, [1, 1], [1, 1])
     torch.library.opcheck(torch.ops.resops.conv_bn_act_folded.default, arguments)
 
 
