@@ -65,6 +65,24 @@ def _gradient(args: Any, result: Any) -> int:
     return _nbytes(result) + sum(result.numel() * t.element_size() for t in read)
 
 
+def _consumed(buffer: Tensor, mean: Tensor) -> int:
+    """Elements of the channels that a consumer reads."""
+    return buffer.numel() // buffer.size(1) * mean.numel()
+
+
+def _narrow_forward(args: Any, result: Any) -> int:
+    buffer, mean, conv_weight = args[0], args[3], args[5]
+    read = _consumed(buffer, mean) * int(buffer.element_size())
+    return read + _nbytes(conv_weight) + _nbytes(result)
+
+
+def _narrow_backward(args: Any, result: Any) -> int:
+    grad_c, conv_weight, buffer, mean, total, first = *args[:3], args[5], args[7], args[9]
+    passes = buffer.element_size() + (1 if first else 2) * int(total.element_size())
+    tensors = (grad_c, conv_weight, *result)
+    return _consumed(buffer, mean) * passes + sum(map(_nbytes, tensors))
+
+
 def _update_running(args: Any, result: Any) -> int:
     mean, var, _, *running, _ = args
     return _nbytes(mean) + _nbytes(var) + 2 * sum(_nbytes(t) for ts in running for t in ts)
@@ -78,6 +96,8 @@ _OF_A_BUFFER: dict[str, Callable[[Any, Any], int]] = {
         ("apply", _apply),
         ("accumulate", _accumulate),
         ("gradient", _gradient),
+        ("narrow_forward", _narrow_forward),
+        ("narrow_backward", _narrow_backward),
         ("update_running", _update_running),
     )
 }

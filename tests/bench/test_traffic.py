@@ -37,3 +37,22 @@ def test_consumers_of_a_buffer(native: None) -> None:
         # The last 4 channels have no consumer: the buffer, dy and the gradient; the others a sum.
         "resops::dense_block_gradient": 3 * 4 + 4 * 4 + 4 * 6,
     }
+
+
+def test_consumers_with_their_convolutions(native: None) -> None:
+    """Layers of 16 outputs, each one kernel there and one back."""
+    args = block(torch.float32, layers=2, transition=False, channels=6, growth=8, size=(2, 3, 5))
+    pixels = 2 * 3 * 5
+
+    def call() -> None:
+        dense_block(*args).backward(torch.ones(2, 22, 3, 5))
+
+    counted = count(call)
+    weights = 16 * (6 + 14)
+    forward = pixels * (6 + 14 + 2 * 16) + weights
+    assert counted["resops::dense_block_narrow_forward"] == 4 * forward
+    # The buffer and the narrow gradient once, the sum written and then read and written.
+    backward = pixels * ((1 + 1) * 14 + (1 + 2) * 6 + 2 * 16) + 2 * weights
+    vectors = 2 * (6 + 14)
+    assert counted["resops::dense_block_narrow_backward"] == 4 * (backward + vectors)
+    assert "resops::dense_block_apply" not in counted
