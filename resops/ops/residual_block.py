@@ -27,11 +27,10 @@ from .residual_block_passes import (
     Call,
     Gradients,
     Normalised,
+    autocast,
     backward_formulas,
     forward,
 )
-
-_CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class ResidualBlockFunction(torch.autograd.Function):
@@ -105,20 +104,17 @@ def _resolved(layer: ConvNorm) -> Geometry | None:
     return Geometry(size_tuple(layer.stride, n), padding, dilation, layer.groups)
 
 
-def _cast(
-    slices: Sequence[Tensor], layers: Sequence[ConvNorm]
-) -> tuple[list[Tensor], list[ConvNorm]]:
-    """What autocast would do to the convolutions' arguments."""
-    kind = slices[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return list(slices), list(layers)
-    dtype = torch.get_autocast_dtype(kind)
+def _sizes_as_cast(layers: Sequence[ConvNorm], dtype: torch.dtype | None) -> list[ConvNorm]:
+    """The layers as their convolutions get them, without the values of the weights."""
 
-    def cast(t: Any) -> Any:
-        return t.to(dtype) if t is not None and t.dtype in _CASTABLE else t
+    def without_values(t: Tensor | None) -> Any:
+        return None if t is None else autocast(t.new_empty(1), dtype).expand(t.shape)
 
-    return [cast(t) for t in slices], [
-        layer._replace(conv_weight=cast(layer.conv_weight), conv_bias=cast(layer.conv_bias))
+    return [
+        layer._replace(
+            conv_weight=without_values(layer.conv_weight),
+            conv_bias=without_values(layer.conv_bias),
+        )
         for layer in layers
     ]
 
@@ -186,8 +182,11 @@ def residual_block(
     plain = all(type(t) in PLAIN_TENSORS for t in slices)
     if identity or not plain or torch.compiler.is_compiling():
         slices = [joined(slices)]
-    cast_slices, cast_layers = _cast(slices, layers)
-    check_arguments(op, cast_slices, cast_layers, len(chain), activation, residual)
+    kind = slices[0].device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    cast_slices = [autocast(t, dtype) for t in slices]
+    sizes = layers if dtype is None else _sizes_as_cast(layers, dtype)
+    check_arguments(op, cast_slices, sizes, len(chain), activation, residual)
     if _dispatch.get_backend() == "reference":
         return definition(joined(slices), *defined, activation, negative_slope)
     parameters: list[Any] = [t for layer in layers for t in layer[:LAYER_TENSORS]]
@@ -217,8 +216,9 @@ def residual_block(
         settings,
         shortcut is not None,
         residual,
+        dtype,
     )
-    tensors = [t for layer in cast_layers for t in layer[:LAYER_TENSORS]]
+    tensors = [t for layer in layers for t in layer[:LAYER_TENSORS]]
     if differentiated:
         sources = [source_of(t) for t in cast_slices]
         y: Tensor = function.apply(call, sources, *cast_slices, *tensors)

@@ -23,6 +23,7 @@ from . import convolution as phases
 from .convolution import Geometry, Input, Norm
 
 LAYER_TENSORS = 6  # the first fields of a layer
+_CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Layer(NamedTuple):
@@ -40,6 +41,11 @@ class Layer(NamedTuple):
     geometry: Geometry
 
 
+def autocast(t: Any, dtype: torch.dtype | None) -> Any:
+    """What autocast to ``dtype`` makes of an argument of a convolution."""
+    return t if t is None or dtype is None or t.dtype not in _CASTABLE else t.to(dtype)
+
+
 class Call(NamedTuple):
     """What a call depends on beside its tensors; kept for the backward pass."""
 
@@ -52,6 +58,8 @@ class Call(NamedTuple):
     settings: tuple[tuple[Any, ...], ...]
     projection: bool  # the shortcut is a convolution, not the identity
     residual: bool = True  # there is a shortcut
+    # Of the convolutions under autocast. Their weights are kept as they are and cast in each pass.
+    dtype: torch.dtype | None = None
 
     def act(self) -> tuple[str, float]:
         """The activation and its slope."""
@@ -62,6 +70,13 @@ class Call(NamedTuple):
         layers = [
             Layer(*tensors[i * LAYER_TENSORS : (i + 1) * LAYER_TENSORS], *settings)
             for i, settings in enumerate(self.settings)
+        ]
+        layers = [
+            layer._replace(
+                conv_weight=autocast(layer.conv_weight, self.dtype),
+                conv_bias=autocast(layer.conv_bias, self.dtype),
+            )
+            for layer in layers
         ]
         return (layers[:-1], layers[-1]) if self.projection else (layers, None)
 
@@ -228,6 +243,7 @@ class Gradients:
         """``needs`` is for x, all ``slices`` of it, and then for each of ``tensors``."""
         self.call, self.input, self.found = call, Input(slices), found
         self.chain, self.shortcut = call.layers(tensors)
+        self.tensors = tensors
         self.ops = phases.NAMESPACES[call.backend]
         self.needs_x, self.needs = needs[0], needs[1:]
         self.grad_x: Tensor | None = None
@@ -244,7 +260,8 @@ class Gradients:
 
     def _keep(self, layer: int, **grads: Tensor | None) -> None:
         for name, grad in grads.items():
-            self.grads[layer * LAYER_TENSORS + Layer._fields.index(name)] = grad
+            index = layer * LAYER_TENSORS + Layer._fields.index(name)
+            self.grads[index] = None if grad is None else grad.to(self.tensors[index].dtype)
 
     def _reaches(self, layer: int) -> bool:
         """Whether a gradient is needed before a layer of the chain."""
