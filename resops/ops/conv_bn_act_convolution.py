@@ -240,27 +240,6 @@ def convolution_path(
     return path_of(x, x.size(1), weight, native, direction)
 
 
-def native_path(
-    direction: str,
-    x: Tensor,
-    weight: Tensor,
-    stride: Size,
-    padding: Size | str,
-    dilation: Size,
-    groups: int,
-) -> str | None:
-    """The algorithm of a phase; None where the native convolution does not take the call.
-
-    Args:
-        x: what is convolved, or the first of several slices of it along the channels.
-    """
-    channels = weight.size(1) if weight.dim() == 4 else None
-    native = native_geometry(x, weight, None, stride, padding, dilation, groups, channels)
-    if isinstance(native, str):
-        return None
-    return path_of(x, weight.size(1), weight, native, direction)[0]
-
-
 def path_of(
     x: Tensor, channels: int, weight: Tensor, geometry: Geometry, direction: str
 ) -> tuple[str, str]:

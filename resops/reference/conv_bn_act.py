@@ -188,6 +188,45 @@ def conv_bn_act_forward(
     return y, empty, empty.clone()
 
 
+def conv_bn_act_forward_into(
+    inputs: list[Tensor],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    prologue: str,
+    prologue_slope: float,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    statistics: bool,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """:func:`conv_bn_act_forward` with y written into ``out``, such as some channels of a wider
+    tensor; mean and var."""
+    y, mean, var = conv_bn_act_forward(
+        inputs,
+        scale,
+        shift,
+        prologue,
+        prologue_slope,
+        conv_weight,
+        conv_bias,
+        residual,
+        activation,
+        negative_slope,
+        stride,
+        padding,
+        dilation,
+        statistics,
+    )
+    out.copy_(y)
+    return mean, var
+
+
 def conv_bn_act_backward_data(
     grad_y: Tensor,
     conv_weight: Tensor,
