@@ -107,12 +107,10 @@ def relu_and_its_mask() -> None:
             torch.testing.assert_close(t, its[name], rtol=1e-3, atol=1e-3, msg=name)
 
 
-def compiled(op: str) -> None:
-    """Three steps as one graph, of a bottleneck through Inductor; running statistics go on from
-    step to step."""
+def compiled(op: str, backend: str) -> None:
+    """Three steps as one graph; running statistics go on from step to step."""
     args = tiny_block(op, projection=op == "bottleneck")
     copied = fresh(args)
-    backend = "inductor" if op == "bottleneck" else "aot_eager"
     function = torch.compile(OPS[op], fullgraph=True, backend=backend)
     for _ in range(3):
         with fused_by_triton() as calls:
@@ -268,7 +266,8 @@ CALLS: dict[str, Callable[[], None]] = {
     )
     for op, shortcut in BLOCKS
 }
-CALLS |= {f"compiled-{op}": functools.partial(compiled, op) for op in OPS}
+CALLS |= {f"compiled-{op}-aot_eager": functools.partial(compiled, op, "aot_eager") for op in OPS}
+CALLS["compiled-bottleneck-inductor"] = functools.partial(compiled, "bottleneck", "inductor")
 CALLS["relu_and_its_mask"] = relu_and_its_mask
 CALLS |= {
     call.__name__: call

@@ -264,6 +264,22 @@ def any_tile() -> None:
         case.check(case.run(kernels))
 
 
+def every_entry_of_the_table() -> None:
+    """Each tile in the phase that it is there for, alone; a tile of several classes that differ in
+    their columns only, once."""
+    entries = {(bits, *name.split()[:3], tile) for (_, bits, name), tile in tiles.TABLE.items()}
+    assert len(entries) > 40
+    for bits, phase, taps, prologue, tile in sorted(entries, key=str):
+        kernel, padding = ((1, 1), (0, 0)) if taps == "1x1" else ((3, 3), (1, 1))
+        dtype = torch.float16 if bits == 16 else torch.float32
+        before = "relu" if prologue == "prologue" else None
+        case = random_case(
+            (1, 20, 3, 4), 18, kernel, dtype, prologue=before, statistics=True, padding=padding
+        )
+        with tiles.forced(tile):
+            case.check(getattr(case, phase)(kernels))
+
+
 def tuner() -> None:
     """It takes the fastest tile that is right, and none that is wrong or does not run."""
     small, large, wrong, broken = (tiles.Tile(rows, 16, 16, 4, 2) for rows in (16, 32, 64, 128))
@@ -392,6 +408,7 @@ CALLS |= {
         same_bits_every_time,
         any_number_of_parts,
         any_tile,
+        every_entry_of_the_table,
         tuner,
         tuner_in_16_bits,
         empty,

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.subprocess_calls import Outcome, run_selected_calls
+from tests.subprocess_calls import Outcome
 
 MODULE = "tests.interpreter.backend_calls"
 BLOCKS = list(itertools.product(("basic_block", "bottleneck"), ("identity", "projection")))
@@ -29,8 +29,8 @@ NAMES = [
     "refused",
     "direct_calls",
     *(f"near_to_float64-{op}-{shortcut}" for op, shortcut in BLOCKS),
-    "compiled-basic_block",
-    "compiled-bottleneck",
+    "compiled-basic_block-aot_eager",
+    "compiled-bottleneck-aot_eager",
     "relu_and_its_mask",
     "dense_block",
     "slices",
@@ -41,13 +41,14 @@ NAMES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest) -> dict[str, Outcome]:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    return run_selected_calls(MODULE, request)
+# The C++ compiler that Inductor starts takes most of the time of such a call; by default it is left
+# to residual_block_compiled.
+SLOW = ["compiled-bottleneck-inductor"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_interpreted(name: str, outcomes: dict[str, Outcome]) -> None:
     assert outcomes[name] == Outcome(None, "")
 

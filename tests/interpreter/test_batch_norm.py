@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.subprocess_calls import Outcome, run_selected_calls
+from tests.subprocess_calls import Outcome
 
 MODULE = "tests.interpreter.batch_norm_calls"
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu")
@@ -36,12 +36,6 @@ NAMES = [
     "singletons",
     "refused",
 ]
-
-
-@pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest) -> dict[str, Outcome]:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    return run_selected_calls(MODULE, request)
 
 
 @pytest.mark.parametrize("name", NAMES)

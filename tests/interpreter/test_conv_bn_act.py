@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.interpreter.kernels import import_kernels
-from tests.subprocess_calls import Outcome, run_selected_calls
+from tests.subprocess_calls import Outcome
 
 MODULE = "tests.interpreter.conv_bn_act_calls"
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu")
@@ -39,17 +39,12 @@ NAMES = [
     "same_bits_every_time",
     "any_number_of_parts",
     "any_tile",
+    "every_entry_of_the_table",
     "tuner",
     "tuner_in_16_bits",
     "empty",
     "refused",
 ]
-
-
-@pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest) -> dict[str, Outcome]:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    return run_selected_calls(MODULE, request)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tests.subprocess_calls import Outcome, run_selected_calls
+from tests.subprocess_calls import Outcome
 
 MODULE = "tests.interpreter.dense_block_calls"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -24,12 +24,6 @@ NAMES = [
     "operators",
     "refused",
 ]
-
-
-@pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest) -> dict[str, Outcome]:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    return run_selected_calls(MODULE, request)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.subprocess_calls import Outcome, run_selected_calls
+from tests.subprocess_calls import Outcome
 
 MODULE = "tests.interpreter.residual_add_calls"
 WEIGHTINGS_IN_RULE_R = ("plain", "scalars", "per_sample_complement", "gate_per_sample", "carry")
@@ -24,12 +24,6 @@ NAMES = [
     "only_what_is_asked_for",
     "refused",
 ]
-
-
-@pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest) -> dict[str, Outcome]:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    return run_selected_calls(MODULE, request)
 
 
 @pytest.mark.parametrize("name", NAMES)
