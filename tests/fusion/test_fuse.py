@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import resops
@@ -360,6 +362,17 @@ def parametrized(module: nn.Module) -> nn.Module:
     return module
 
 
+def with_sparse_weight(norm: nn.BatchNorm2d) -> nn.Module:
+    norm.weight = nn.Parameter(torch.ones(4).to_sparse())
+    return norm
+
+
+def on_a_device_without_kernels(norm: Callable[..., nn.Module]) -> nn.Module:
+    """Tensors that only say so: no such device is needed."""
+    with FakeTensorMode():
+        return norm(4, device="xpu")
+
+
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [
@@ -373,6 +386,8 @@ def parametrized(module: nn.Module) -> nn.Module:
         ([nn.LayerNorm(3), nn.ReLU()], Reason.UNSUPPORTED_NORM),
         ([nn.BatchNorm2d(4), nn.MaxPool2d(2)], Reason.NOTHING_BESIDE),
         ([nn.BatchNorm2d(4, dtype=torch.complex64), nn.ReLU()], Reason.UNSUPPORTED_DTYPE),
+        ([with_sparse_weight(nn.BatchNorm2d(4)), nn.ReLU()], Reason.UNSUPPORTED_LAYOUT),
+        ([on_a_device_without_kernels(nn.BatchNorm2d), nn.ReLU()], Reason.UNSUPPORTED_DEVICE),
         ([resops.nn.BatchNormAct2d(4)], Reason.ALREADY_FUSED),
     ],
     ids=str,
@@ -380,8 +395,27 @@ def parametrized(module: nn.Module) -> nn.Module:
 def test_reasons(layers: list[nn.Module], reason: Reason) -> None:
     model = nn.Sequential(*layers)
     resops.fuse(model)
-    assert reasons(model) == {"0": reason.name}
+    (entry,) = resops.fuse_report(model).skipped
+    assert (entry.name, entry.modules, entry.reason) == ("", ("0",), reason)
+    assert entry.hint.startswith(reason.hint)
     assert type(model) is nn.Sequential
+
+
+def test_a_norm_that_is_not_called() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.unused, self.act = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.act(self.norm(x))
+            return y
+
+    block = resops.fuse(Block())
+    assert fused_norms(block) == ["norm"]
+    (entry,) = resops.fuse_report(block).skipped
+    assert (entry.modules, entry.reason) == (("unused",), Reason.NOT_CALLED)
+    assert entry.hint == Reason.NOT_CALLED.hint
 
 
 def test_every_reason_has_a_hint() -> None:
