@@ -531,10 +531,20 @@ MUTANTS = [
         "mask of a consumer from values that are not centred",
         Edit(
             "csrc/cpu/dense_block_kernels.cpp",
-            "passes(z)",
-            "passes(pre_activation(a, xs[r].pack[i], at))",
+            "pre_activation(a, centred, at)",
+            "pre_activation(a, xs[r].pack[i], at)",
         ),
         f"{DENSE_PHASES}::test_phases_are_the_definition",
+    ),
+    bug(
+        "1x1 of a dense layer of its last 128 channels alone",
+        Edit("csrc/cpu/dense_block_narrow_kernels.cpp", "c == 0", "c >= 0"),
+        f"{DENSE_PHASES}::test_one_kernel_with_the_convolution",
+    ),
+    bug(
+        "gradient of a dense layer's 1x1 of the last rows of a piece alone",
+        Edit("csrc/cpu/dense_block_narrow_kernels.cpp", "row == begin", "row >= begin"),
+        f"{DENSE_PHASES}::test_one_kernel_with_the_convolution",
     ),
     bug(
         "running variance of a block's consumers biased",
