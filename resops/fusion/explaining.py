@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .. import _dispatch
 from ..nn import observer
 from ..nn.batch_norm import NormAct, activation_of_call
-from ..nn.dense_block import DenseBlockCall
 from ..nn.norm_layers import NormThenAct
+from ..nn.observer import BlockCall
 from ..ops import conv_bn_act
 from . import layers
 from .fusing import fuse_report, fused_blocks, join
@@ -83,8 +83,8 @@ class _Listener:
 
         return hook
 
-    def hear(self, step: AnyStep | DenseBlockCall, path: str, x: Tensor) -> None:
-        if isinstance(step, DenseBlockCall):  # of resops.nn
+    def hear(self, step: AnyStep | BlockCall, path: str, x: Tensor) -> None:
+        if isinstance(step, BlockCall):  # of resops.nn
             return
         name, block, steps = self.running[-1]
         steps.append(step)
@@ -138,7 +138,7 @@ def _layer_paths(model: nn.Module, inputs: tuple[Any, ...]) -> list[Path]:
     names = {module: name for name, module in model.named_modules()}
     if not any(isinstance(module, NormAct | NormThenAct) for module in names):
         return []
-    blocks: list[DenseBlockCall] = []
+    blocks: list[BlockCall] = []
     # Modules with hooks would be called one by one: first without, to learn which are not.
     with torch.random.fork_rng(), observer.listen(lambda call, path, x: blocks.append(call)):
         model(*inputs)
@@ -160,8 +160,8 @@ def _layer_paths(model: nn.Module, inputs: tuple[Any, ...]) -> list[Path]:
         pattern = type(layer).__name__ + ("" if act == "Identity" else f"+{act}")
         paths.append(Path(names[layer], pattern, path, why))
 
-    def hear_block(call: DenseBlockCall, path: str, x: Tensor) -> None:
-        paths.append(_block_path([names[norm] for norm in call.norms], call, path, x))
+    def hear_block(call: BlockCall, path: str, x: Tensor) -> None:
+        paths.append(_block_path(names[call.norms[0]], call, path, x))
 
     for module in names.keys() - inside:
         if isinstance(module, NormAct | NormThenAct):
@@ -173,15 +173,12 @@ def _layer_paths(model: nn.Module, inputs: tuple[Any, ...]) -> list[Path]:
     return paths
 
 
-def _block_path(norms: list[str], call: DenseBlockCall, path: str, x: Tensor) -> Path:
-    """Of a dense block; ``norms`` are the names of those in it."""
-    layers = (len(norms) - call.transition) // 2
-    pattern = "dense_block" + ("+transition" if call.transition else "") if layers else "transition"
-    # A norm of a layer is two levels below the block, that of a transition one below it.
-    name = ".".join(norms[0].split(".")[: -2 if layers else -1])
+def _block_path(first_norm: str, call: BlockCall, path: str, x: Tensor) -> Path:
+    """Of a block of modules; the name of the first norm in it has that of the block in front."""
+    name = ".".join(first_norm.split(".")[: -call.depth])
     if call.why is not None:
         path = f"layer by layer, {path}"
-    return Path(name, pattern, path, "; ".join(filter(None, [call.why, _why(path, x)])))
+    return Path(name, call.pattern, path, "; ".join(filter(None, [call.why, _why(path, x)])))
 
 
 def _layer_path(layer: nn.Module, x: Tensor) -> tuple[str, str]:
@@ -202,7 +199,7 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     """Call a fused model, and tell which path every fused step took, and why no better one.
 
     Of a model that was not fused, but made of the layers of resops.nn, such as those of
-    resops.models, it tells the path of every norm layer, and of every dense block that is one op.
+    resops.models, it tells the path of every norm layer, and of every block that is one op.
 
     On a GPU it also tells what computes the convolution before a norm, and why.
 

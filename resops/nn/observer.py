@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Listener = Callable[[Any, str, Tensor], None]
+
+
+class BlockCall(NamedTuple):
+    """What :func:`resops.explain` hears of a block of modules that is called as one op."""
+
+    pattern: str
+    norms: Sequence[nn.Module]
+    convolutions: Sequence[nn.Module]
+    depth: int  # levels between the block's name and that of its first norm
+    why: str | None = None  # it is computed layer by layer
 
 
 class _State(threading.local):

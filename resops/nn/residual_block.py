@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import _dispatch, functional
 from ..functional import ConvNorm
 from ..ops.conv_bn_act import wants_gradient
+from . import observer
 from .batch_norm import BatchNormAct, is_plain, next_statistics
 from .conv_bn_act import Conv2dNormActivation, Conv3dNormActivation, may_fuse
 from .sync_batch_norm import SyncBatchNormAct
@@ -49,6 +50,7 @@ def residual_block(
         return None
     layers: list[Any] = [_layer(conv, norm) for conv, norm in pairs]
     op: Any = _OPS[len(chain)]
+    _tell(op.__name__, pairs, x)
     return op(x, *layers, **activation, recompute=recompute)
 
 
@@ -68,7 +70,16 @@ def double_conv(chain: Sequence[Pair], x: Tensor | Sequence[Tensor]) -> Tensor |
     if activation is None or not alike or not _differentiates(slices, chain):
         return None
     conv1, conv2 = (_layer(conv, norm) for conv, norm in chain)
+    _tell("double_conv", chain, slices[0])
     return functional.double_conv(slices, conv1, conv2, **activation)
+
+
+def _tell(op: str, pairs: Sequence[Pair], x: Tensor) -> None:
+    """Let :func:`resops.explain` hear of a block, whose layers are its own attributes."""
+    if observer.listening():
+        convolutions, norms = zip(*pairs, strict=True)
+        call = observer.BlockCall(op, norms, convolutions, 1)
+        observer.tell(call, _dispatch.choose("batch_norm", x), x)
 
 
 def _one_activation(pairs: Sequence[Pair], projected: bool) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from ..reference.conv_bn_act import convolution
+from ..reference.layout import empty_channels_last, is_channels_last_only
 from . import convolution_table
 from .conv_bn_act_convolution import native_geometry
 
@@ -142,6 +143,15 @@ class Input:
         assert self._value is not None
         return self._value
 
+    def like(self) -> Tensor:
+        """What stands for the input where only its size and layout are asked for."""
+        if len(self.slices) == 1:
+            return self.x
+        if self._value is not None:
+            return self._value
+        channels_last = is_channels_last_only(self.x)
+        return (empty_channels_last if channels_last else Tensor.new_empty)(self.x, self.size())
+
     def without_value(self) -> Input:
         """The same, where the tensor that :meth:`value` made is not needed any more."""
         return Input(self.x, self.norm, more=self.slices[1:])
@@ -249,11 +259,6 @@ def _library_backward(
     return grads
 
 
-def _like(grad_c: Tensor, input: Input) -> Tensor:
-    """What stands for the input where only its size is asked for."""
-    return input.x if len(input.slices) == 1 else grad_c.new_empty(1).expand(input.size())
-
-
 def backward_weight(
     grad_c: Tensor,
     input: Input,
@@ -271,7 +276,7 @@ def backward_weight(
         "backward_weight", backend, wanted, input.x, weight, geometry, input.norm is not None
     )
     if chosen == LIBRARY:
-        x = input.value(backend) if needed[0] else _like(grad_c, input)
+        x = input.value(backend) if needed[0] else input.like()
         mask = [False, needed[0], needed[1]]
         return _library_backward(grad_c, x, weight, bias, geometry, mask)[1:]
     if chosen == PLAIN:
@@ -305,7 +310,7 @@ def backward_data(
     chosen = choose("backward_data", backend, wanted, x, weight, geometry, norm is not None)
     if chosen == LIBRARY:
         # Of the input this phase needs the size only.
-        x = _like(grad_c, input)
+        x = input.like()
         g = _library_backward(grad_c, x, weight, None, geometry, [True, False, False])[0]
         assert g is not None
         return g if addend is None else g.add_(addend), None
