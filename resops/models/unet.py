@@ -30,20 +30,24 @@ WIDTHS = (64, 128, 256, 512, 1024)
 
 
 class ConvNormActs(nn.Sequential):
-    """Pairs of a convolution and its norm with activation, one after the other."""
+    """Pairs of a convolution and its norm with activation, one after the other.
+
+    Attributes:
+        block_op: in training two convolutions without a residual are one op, which keeps less for
+            the backward pass (docs/math/double_conv.md), if no module was given hooks or replaced.
+    """
+
+    block_op = True
 
     def forward(self, x: Tensor | Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
         """``residual`` is added before the last activation.
-
-        In training two convolutions without a residual are one op, which keeps less for the
-        backward pass (docs/math/double_conv.md), if no module was given hooks or replaced.
 
         Args:
             x: one tensor, or several side by side along the channels.
         """
         modules: list[Any] = list(self._modules.values())
         pairs = list(zip(modules[::2], modules[1::2], strict=True))
-        if residual is None and len(pairs) == 2:
+        if self.block_op and residual is None and len(pairs) == 2:
             y = double_conv(pairs, x)
             if y is not None:
                 return y
@@ -90,6 +94,13 @@ class DoubleConv(nn.Module):
         if not isinstance(x, Tensor):  # two convolutions, or an addition, need it whole
             x = torch.cat(list(x), 1)
         return self.double_conv(x, x if self.shortcut is None else self.shortcut(x))
+
+
+def choose_block_op(model: nn.Module, block_op: bool) -> None:
+    """Whether the double convolutions of a network are one op each in training."""
+    for module in model.modules():
+        if isinstance(module, ConvNormActs):
+            module.block_op = block_op
 
 
 class Down(nn.Module):
@@ -161,6 +172,9 @@ class UNet(nn.Module):
         padded: convolutions keep the size, and the output has the size of the image; else they are
             valid, as in the paper, and so is the crop of the skip connections.
         drop_rate: of the dropout at the end of the contracting path (section 3.1 of the paper).
+        block_op: in training compute each double convolution without a shortcut as one op, whose
+            output and activations in between are not kept for the backward pass but computed again
+            (docs/math/double_conv.md). One with hooks or replaced modules runs layer by layer.
 
     Raises:
         ValueError: an unknown norm or activation; fewer than two widths; residual blocks of valid
@@ -181,6 +195,7 @@ class UNet(nn.Module):
         residual: bool = False,
         padded: bool = True,
         drop_rate: float = 0.0,
+        block_op: bool = True,
     ) -> None:
         super().__init__()
         if len(widths) < 2:
@@ -211,6 +226,7 @@ class UNet(nn.Module):
             self.add_module(name, Up(up, double_conv(joined, mid, wide_out), padded))
             below = wide_out
         self.outc = OutConv(below, num_classes, layers)
+        choose_block_op(self, block_op)
         initialise(self, mode="fan_in")  # section 3 of the paper
         self.least_size = next(n for n in itertools.count(1) if self.output_size(n) > 0)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ._layers import ActLayer, Layers, NormLayer, check_image, initialise
 from ._registry import register_model
-from .unet import DoubleConv, Down, OutConv, Up
+from .unet import DoubleConv, Down, OutConv, Up, choose_block_op
 
 
 class UNet3d(nn.Module):
@@ -28,7 +28,7 @@ class UNet3d(nn.Module):
         widths: channels at each resolution after its second convolution, from fine to coarse; after
             the first one there are half as many.
         trilinear: upsample by interpolation; else by transposed convolutions.
-        norm_layer, act_layer, residual: as in :class:`resops.models.UNet`.
+        norm_layer, act_layer, residual, block_op: as in :class:`resops.models.UNet`.
 
     Raises:
         ValueError: an unknown norm or activation; fewer than two widths.
@@ -45,6 +45,7 @@ class UNet3d(nn.Module):
         norm_layer: NormLayer = None,
         act_layer: ActLayer = "relu",
         residual: bool = False,
+        block_op: bool = True,
     ) -> None:
         super().__init__()
         if len(widths) < 2:
@@ -62,6 +63,7 @@ class UNet3d(nn.Module):
             up = layers.upsample() if trilinear else layers.up_conv(below, below, bias=False)
             self.ups.append(Up(up, DoubleConv(wide + below, wide, wide, layers, residual)))
         self.outc = OutConv(widths[0], num_classes, layers)
+        choose_block_op(self, block_op)
         initialise(self, mode="fan_in")
 
     @property

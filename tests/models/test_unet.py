@@ -379,6 +379,7 @@ def test_double_convolutions_are_one_op_each() -> None:
     assert [(p.name, p.pattern) for p in told] == [
         (f"{name}.double_conv", "double_conv") for name in blocks
     ]
+    assert len(resops.explain(small(block_op=False).train(), x).paths) == 10
     seen: list[Tensor] = []
     model.inc.double_conv[1].register_forward_hook(lambda module, args, y: seen.append(y))
     model.down1.maxpool_conv.register_forward_hook(lambda module, args, y: seen.append(y))
