@@ -31,7 +31,14 @@ Channels = tuple[int, int, int]
 
 
 class ConvNormActs(nn.Sequential):
-    """Pairs of a convolution and its norm with activation, one after the other."""
+    """Pairs of a convolution and its norm with activation, one after the other.
+
+    Attributes:
+        block_op: in training two convolutions without a residual are one op, which keeps less for
+            the backward pass (docs/math/double_conv.md), if no module was given hooks or replaced.
+    """
+
+    block_op = True
 
     def pairs(self) -> list[tuple[Any, Any]]:
         """Each convolution with its norm."""
@@ -41,14 +48,11 @@ class ConvNormActs(nn.Sequential):
     def forward(self, x: Tensor | Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
         """``residual`` is added before the last activation.
 
-        In training two convolutions without a residual are one op, which keeps less for the
-        backward pass (docs/math/double_conv.md), if no module was given hooks or replaced.
-
         Args:
             x: one tensor, or several side by side along the channels.
         """
         pairs = self.pairs()
-        if residual is None and len(pairs) == 2:
+        if self.block_op and residual is None and len(pairs) == 2:
             y = double_conv(pairs, x)
             if y is not None:
                 return y
@@ -145,6 +149,13 @@ def double_convs(layers: Layers, padding: int = 1) -> Callable[[int, int, int], 
     return residual_block
 
 
+def choose_block_op(model: nn.Module, block_op: bool) -> None:
+    """Whether the double convolutions of a network are one op each in training."""
+    for module in model.modules():
+        if isinstance(module, ConvNormActs):
+            module.block_op = block_op
+
+
 class Down(nn.Module):
     """Max-pooling, then a double convolution."""
 
@@ -218,6 +229,9 @@ class UNet(nn.Module):
         padded: convolutions keep the size, and the output has the size of the image; else they are
             valid, as in the paper, and so is the crop of the skip connections.
         drop_rate: of the dropout at the end of the contracting path (section 3.1 of the paper).
+        block_op: in training compute each double convolution without a shortcut as one op, whose
+            output and activations in between are not kept for the backward pass but computed again
+            (docs/math/double_conv.md). One with hooks or replaced modules runs layer by layer.
 
     Raises:
         ValueError: an unknown norm, activation or residual; fewer than two widths; residual blocks
@@ -241,6 +255,7 @@ class UNet(nn.Module):
         drop_path_rate: float = 0.0,
         zero_init_residual: bool = False,
         weight_standardization: bool = False,
+        block_op: bool = True,
     ) -> None:
         super().__init__()
         if len(widths) < 2:
@@ -277,6 +292,7 @@ class UNet(nn.Module):
             self.add_module(name, Up(up, double_conv(joined, mid, wide_out), padded))
             below = wide_out
         self.outc = OutConv(below, num_classes, layers)
+        choose_block_op(self, block_op)
         # "fan_in": section 3 of the paper
         initialise(self, [self.outc], layers, "fan_in", zero_init_residual)
         self.least_size = next(n for n in itertools.count(1) if self.output_size(n) > 0)

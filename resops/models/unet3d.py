@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ._layers import ActLayer, NormLayer, check_image
 from ._registry import register_model
 from ._residual import create_layers, initialise
-from .unet import Down, OutConv, Up, double_convs
+from .unet import Down, OutConv, Up, choose_block_op, double_convs
 
 
 class UNet3d(nn.Module):
@@ -29,8 +29,8 @@ class UNet3d(nn.Module):
         widths: channels at each resolution after its second convolution, from fine to coarse; after
             the first one there are half as many.
         trilinear: upsample by interpolation; else by transposed convolutions.
-        norm_layer, act_layer, residual, drop_path_rate, zero_init_residual, weight_standardization:
-            as in :class:`resops.models.UNet`.
+        norm_layer, act_layer, residual, drop_path_rate, zero_init_residual, weight_standardization,
+        block_op: as in :class:`resops.models.UNet`.
 
     Raises:
         ValueError: an unknown norm, activation or residual; fewer than two widths; options of
@@ -51,6 +51,7 @@ class UNet3d(nn.Module):
         drop_path_rate: float = 0.0,
         zero_init_residual: bool = False,
         weight_standardization: bool = False,
+        block_op: bool = True,
     ) -> None:
         super().__init__()
         if len(widths) < 2:
@@ -77,6 +78,7 @@ class UNet3d(nn.Module):
             up = layers.upsample() if trilinear else layers.up_conv(below, below, bias=False)
             self.ups.append(Up(up, double_conv(wide + below, wide, wide)))
         self.outc = OutConv(widths[0], num_classes, layers)
+        choose_block_op(self, block_op)
         initialise(self, [self.outc], layers, "fan_in", zero_init_residual)
 
     @property

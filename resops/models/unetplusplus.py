@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..nn import recomputed_input
 from ._layers import ActLayer, Layers, NormLayer, check_image, fit, initialise
 from ._registry import register_model
-from .unet import DoubleConv
+from .unet import DoubleConv, choose_block_op
 
 
 class UNetPlusPlus(nn.Module):
@@ -33,7 +33,7 @@ class UNetPlusPlus(nn.Module):
         bilinear: upsample by interpolation; else by transposed convolutions.
         deep_supervision: a head on each ``X(0, j)``. In training ``forward`` returns the logits of
             all of them, in evaluation their mean (the paper's "accurate mode").
-        norm_layer, act_layer: as in :class:`resops.models.UNet`.
+        norm_layer, act_layer, block_op: as in :class:`resops.models.UNet`.
 
     Raises:
         ValueError: an unknown norm or activation; fewer than two widths.
@@ -50,6 +50,7 @@ class UNetPlusPlus(nn.Module):
         deep_supervision: bool = False,
         norm_layer: NormLayer = None,
         act_layer: ActLayer = "relu",
+        block_op: bool = True,
     ) -> None:
         super().__init__()
         if len(widths) < 2:
@@ -71,6 +72,7 @@ class UNetPlusPlus(nn.Module):
         self.heads = [f"final{j}" if deep_supervision else "final" for j in heads]
         for name in self.heads:
             self.add_module(name, layers.conv(widths[0], num_classes, 1, bias=True))
+        choose_block_op(self, block_op)
         initialise(self, mode="fan_in")
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:

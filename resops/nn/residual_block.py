@@ -100,6 +100,7 @@ def _differentiates(slices: Sequence[Tensor], pairs: Sequence[Pair]) -> bool:
 
 
 def _tell(op: Any, pairs: Sequence[Pair], activation: dict[str, Any], x: Tensor) -> None:
+    """Let :func:`resops.explain` hear of a block, whose layers are its own attributes."""
     if observer.listening():
         convolutions, norms = (list(modules) for modules in zip(*pairs, strict=True))
         pattern = f"{op.__name__}, {activation['activation']}"

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from ..reference.conv_bn_act import convolution
+from ..reference.layout import empty_channels_last, is_channels_last_only
 from . import convolution_table
 from .conv_bn_act_convolution import native_geometry, path_of
 
@@ -134,11 +135,6 @@ class Input:
         first, *_ = self.slices
         return [first.size(0), sum(t.size(1) for t in self.slices), *first.shape[2:]]
 
-    def like(self) -> Tensor:
-        """Something like ``x``, of which only the size, the dtype and the device are asked for."""
-        first, *more = self.slices
-        return first.new_empty(1).expand(self.size) if more else first
-
     def value(self, backend: str) -> Tensor:
         """The normalised tensor, or the concatenated one, written to memory at the first call."""
         if self._value is None:
@@ -148,6 +144,14 @@ class Input:
                 apply = NAMESPACES[backend].batch_norm_apply
                 self._value = apply(self._value, None, weight, bias, mean, invstd, *act)[0]
         return self._value
+
+    def like(self) -> Tensor:
+        """Something like ``x``, of which only size, layout, dtype and device are asked for."""
+        first, *more = self.slices
+        if not more or self._value is not None:
+            return first if self._value is None else self._value
+        channels_last = is_channels_last_only(first)
+        return (empty_channels_last if channels_last else Tensor.new_empty)(first, self.size)
 
     def without_value(self) -> Input:
         """The same, where the normalised tensor is not needed any more."""

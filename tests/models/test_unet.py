@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import resops
+from bench.models.families import saved_activations
+from bench.models.stock_twin import stock_twin
 from resops.models import UNet, create_model, overlap_tile
 from resops.models.overlap_tile import mirrored_block
 from resops.nn import BatchNormAct2d, GroupNormAct, InstanceNormAct2d
@@ -342,3 +345,78 @@ def test_norm_layer_means_the_same_in_every_family() -> None:
     assert not any("running_mean" in key for key in own)
     batch = create_model("unet_valid", norm_layer="batch", **small_valid)
     assert any("running_mean" in key for key in batch.state_dict())
+
+
+# ---- double convolutions as one op --------------------------------------------------------------
+
+
+def in_channels_last(t: Any) -> Any:
+    return t.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "share"),
+    # Of the bytes that the network of torch's own layers keeps. docs/math/double_conv.md: 0.49 of a
+    # U-Net of four levels; here they are two.
+    [("unet", (48, 32), 0.51), ("unetplusplus", (48, 32), 0.49), ("unet3d", (16, 16, 16), 0.56)],
+)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_saved(name: str, size: tuple[int, ...], share: float, dtype: str) -> None:
+    model: Any = create_model(name, in_chans=2, widths=(16, 32, 64))
+    layout = {2: torch.channels_last, 3: torch.channels_last_3d}[len(size)]
+    model = model.to(memory_format=layout)
+    x = torch.randn(1, 2, *size).contiguous(memory_format=layout)
+    kept = saved_activations(model, x, dtype)
+    with resops.backend("reference"):
+        assert kept <= share * saved_activations(stock_twin(model), x, dtype)
+
+
+def test_double_convolutions_are_one_op_each() -> None:
+    x = in_channels_last(torch.randn(1, 2, 16, 16))
+    model = small().train()
+    told = resops.explain(model, x).paths
+    blocks = ["inc", "down1.maxpool_conv.1", "down2.maxpool_conv.1", "up1.conv", "up2.conv"]
+    assert [(p.name, p.pattern) for p in told] == [
+        (f"{name}.double_conv", "double_conv, relu") for name in blocks
+    ]
+    assert len(resops.explain(small(block_op=False).train(), x).paths) == 10
+    seen: list[Tensor] = []
+    model.inc.double_conv[1].register_forward_hook(lambda module, args, y: seen.append(y))
+    model.down1.maxpool_conv.register_forward_hook(lambda module, args, y: seen.append(y))
+    model.down2.maxpool_conv[0].register_forward_hook(lambda module, args, y: seen.append(y))
+    model(x)
+    assert [t.shape[1] for t in seen] == [8, 16, 16]
+
+
+def losses(model: UNet, seed: int) -> list[float]:
+    """Of a dozen steps in which it learns to find a stripe in noise."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    found = []
+    for _ in range(12):
+        labels = torch.zeros(4, 16, 16, dtype=torch.long)
+        for i, row in enumerate(torch.randint(1, 14, (4,)).tolist()):
+            labels[i, row : row + 3] = 1
+        x = torch.randn(4, 2, 16, 16) + labels.unsqueeze(1)
+        loss = F.cross_entropy(model(in_channels_last(x)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def test_loss_curves_of_three_seeds() -> None:
+    """Learning goes as with PyTorch's own ops: the same curve but for rounding and Winograd's
+    algorithm, whose 5e-5 a dozen steps do not amplify past a hundredth; seeds are further apart."""
+    curves = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = in_channels_last(UNet(2, 2, widths=(16, 32))).train()
+        with resops.backend("reference"):
+            theirs = losses(copy.deepcopy(model), seed)
+        ours = losses(model, seed)
+        assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-2
+        assert ours[-1] < 0.8 * ours[0]
+        curves.append(ours)
+    assert max(abs(a - b) for a, b in zip(*curves[:2], strict=True)) > 0.03
