@@ -30,7 +30,7 @@ Channels = tuple[int, int, int]
 class ConvNormActs(nn.Sequential):
     """Pairs of a convolution and its norm with activation, one after the other."""
 
-    def pairs(self) -> list[tuple[Any, Any]]:
+    def conv_norms(self) -> list[tuple[Any, Any]]:
         """Each convolution with its norm."""
         modules = list(self._modules.values())
         return list(zip(modules[::2], modules[1::2], strict=True))
@@ -41,7 +41,7 @@ class ConvNormActs(nn.Sequential):
         Args:
             x: one tensor, or several side by side along the channels.
         """
-        *first, last = self.pairs()
+        *first, last = self.conv_norms()
         for conv, norm in first:
             x = conv_norm_act(conv, norm, x)
         return conv_norm_act(*last, x, residual)
@@ -98,7 +98,7 @@ class ResidualDoubleConv(ResidualBlock):
         self.join = join
 
     def chain(self) -> list[tuple[Any, Any]]:
-        return self.double_conv.pairs()
+        return self.double_conv.conv_norms()
 
     def branch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """See :meth:`ResidualBlock.branch`."""
