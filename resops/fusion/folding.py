@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+import itertools
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..nn.batch_norm import BatchNormAct
+from ..nn.conv_bn_act import may_fold
+from ..nn.norm_layers import NormThenAct
 from ..reference.conv_bn_act import fold as folded_parameters
 from . import layers
 from .fusing import Analysis, unfuse
@@ -21,7 +25,9 @@ def fold(model: Module) -> Module:
 
     Where a convolution's output goes to a batch norm and nowhere else, the copy has one convolution
     that does the work of both, and ``nn.Identity`` (or the activation of the norm) in place of the
-    norm. What cannot be folded stays. The copy is made of PyTorch's own layers as far as the model
+    norm. Of resops' own layers and models it is those that a module of resops, or an nn.Sequential,
+    calls one after the other, ghost batch norm and batch renormalisation among them. What cannot be
+    folded stays. The copy is made of PyTorch's own layers as far as the model
     was, is not fused, and gives the same results to rounding; its state dict is another one.
 
     Args:
@@ -43,19 +49,25 @@ def fold(model: Module) -> Module:
         for match in blueprint.matches:
             for conv, norm in match.step.folds:
                 _fold(blueprint.block, conv, norm)
+    _fold_own_layers(deployed)
     return deployed
 
 
 def _fold(block: nn.Module, conv_path: layers.Path, norm_path: layers.Path) -> None:
     conv, norm = layers.child(block, conv_path), layers.child(block, norm_path)
     kind = layers.norm_kind(norm)
-    statistics = norm._buffers.get("running_mean"), norm._buffers.get("running_var")
-    if kind is None or type(conv) not in kind.convs or norm.training:
+    if kind is None or type(conv) not in kind.convs or not _fold_into(conv, norm):
         return
-    mean, var = statistics
-    if mean is None or var is None:
-        return
-    assert isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) and isinstance(norm, _BatchNorm)
+    rest = norm._modules.get("act") if kind.has_activation else None
+    holder = layers.child(block, norm_path[:-1])
+    holder._modules[norm_path[-1]] = nn.Identity() if rest is None else rest
+
+
+def _fold_into(conv: Any, norm: Any) -> bool:
+    """Give ``conv`` the weight and bias that do the work of both; False where there are none."""
+    mean, var = norm._buffers.get("running_mean"), norm._buffers.get("running_var")
+    if norm.training or mean is None or var is None:
+        return False
     with torch.no_grad():
         weight, bias = folded_parameters(
             conv.weight, conv.bias, mean, var, norm.weight, norm.bias, norm.eps
@@ -64,6 +76,38 @@ def _fold(block: nn.Module, conv_path: layers.Path, norm_path: layers.Path) -> N
     dtype = conv.weight.dtype
     conv.weight = nn.Parameter(weight.to(dtype), learned)
     conv.bias = nn.Parameter(bias.to(dtype), learned)
-    rest = norm._modules.get("act") if kind.has_activation else None
-    holder = layers.child(block, norm_path[:-1])
-    holder._modules[norm_path[-1]] = nn.Identity() if rest is None else rest
+    return True
+
+
+def _fold_own_layers(model: nn.Module) -> None:
+    """Of the layers of resops.nn, those that a module of resops calls one after the other.
+
+    In the norm's place stands what is left of it: an activation that may add a residual.
+    """
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for holder in model.modules():
+        for name, child in holder._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((holder, name))
+    for block in list(model.modules()):
+        for conv, norm in _own_pairs(block):
+            if len(places.get(conv, ())) != 1 or len(places.get(norm, ())) != 1:
+                continue  # shared: what else calls it would change
+            if not may_fold(conv, norm) or type(norm._modules["drop"]) is not nn.Identity:
+                continue
+            if _fold_into(conv, norm):
+                ((holder, name),) = places[norm]
+                rest = NormThenAct(None, None)
+                rest.act = norm._modules["act"]
+                holder._modules[name] = rest.eval()
+
+
+def _own_pairs(block: Any) -> Iterable[tuple[nn.Module, nn.Module]]:
+    """Each convolution of ``block`` whose output goes to a norm of resops.nn and nowhere else."""
+    if type(block) is nn.Sequential:
+        pairs: Iterable[Any] = itertools.pairwise(block.children())
+    elif hasattr(block, "conv_norms"):
+        pairs = block.conv_norms()
+    else:
+        return ()
+    return [(conv, norm) for conv, norm in pairs if isinstance(norm, BatchNormAct)]

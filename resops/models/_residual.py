@@ -237,6 +237,10 @@ class ResidualBlock(nn.Module):
         """The branch's convolutions, each with the norm behind it, or None if there is none."""
         raise NotImplementedError
 
+    def conv_norms(self) -> Sequence[tuple[Any, Any]]:
+        """For :func:`resops.fold`."""
+        return self.chain()
+
     def branch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """F(x), to which the last norm adds the residual."""
         *first, (last, last_norm) = self.chain()

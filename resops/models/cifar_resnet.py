@@ -136,6 +136,10 @@ class CifarResNet(Backbone):
         if features_only:
             self.keep_features(out_indices)
 
+    def conv_norms(self) -> list[tuple[Any, Any]]:
+        """For :func:`resops.fold`."""
+        return [(self.conv1, self.bn1)]
+
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, 64, H / 4, W / 4), the output of the last stage."""
         return self.forward_intermediates(x, [3])[0]

@@ -43,6 +43,10 @@ class DenseLayer(nn.Module):
         """Norms and convolutions."""
         return (self.norm1, self.conv1), (self.norm2, self.conv2)
 
+    def conv_norms(self) -> list[tuple[Any, Any]]:
+        """For :func:`resops.fold`."""
+        return [(self.conv1, self.norm2)]
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) of all features so far to (N, growth_rate, H, W)."""
         y = conv_norm_act(self.conv1, self.norm2, self.norm1(x))
@@ -143,6 +147,11 @@ class Features(nn.Sequential):
     def _stem(self) -> dict[str, nn.Module]:
         found = {name: self._modules.get(name) for name in ("conv0", "norm0", "pool0")}
         return {name: module for name, module in found.items() if module is not None}
+
+    def conv_norms(self) -> list[tuple[Any, Any]]:
+        """For :func:`resops.fold`."""
+        stem = self._stem()
+        return [(stem["conv0"], stem["norm0"])] if "norm0" in stem else []
 
     def stem(self, x: Tensor) -> Tensor:
         """The first convolution; norm, ReLU and max-pool, where there are."""

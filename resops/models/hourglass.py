@@ -171,6 +171,10 @@ class StackedHourglass(nn.Module):
         )
         initialise(self, list(self.heads), layers, zero_init_residual=zero_init_residual)
 
+    def conv_norms(self) -> list[tuple[nn.Module, nn.Module]]:
+        """For :func:`resops.fold`."""
+        return [(self.conv1, self.norm1), *zip(self.convs, self.norms, strict=True)]
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, in_chans, H, W) to the heatmaps of every stack."""
         check_image(x, self.in_chans, 2, self.least_size)

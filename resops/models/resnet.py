@@ -205,6 +205,10 @@ class ResNet(Backbone):
         if features_only:
             self.keep_features(out_indices)
 
+    def conv_norms(self) -> list[tuple[Any, Any]]:
+        """For :func:`resops.fold`."""
+        return [(self.conv1, self.bn1)]
+
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, C, H / 32, W / 32), the output of the last stage."""
         if self.bn1.training:

@@ -40,7 +40,7 @@ class ConvNormActs(nn.Sequential):
 
     block_op = True
 
-    def pairs(self) -> list[tuple[Any, Any]]:
+    def conv_norms(self) -> list[tuple[Any, Any]]:
         """Each convolution with its norm."""
         modules = list(self._modules.values())
         return list(zip(modules[::2], modules[1::2], strict=True))
@@ -51,7 +51,7 @@ class ConvNormActs(nn.Sequential):
         Args:
             x: one tensor, or several side by side along the channels.
         """
-        pairs = self.pairs()
+        pairs = self.conv_norms()
         if self.block_op and residual is None and len(pairs) == 2:
             y = double_conv(pairs, x)
             if y is not None:
@@ -113,7 +113,7 @@ class ResidualDoubleConv(ResidualBlock):
         self.join = join
 
     def chain(self) -> list[tuple[Any, Any]]:
-        return self.double_conv.pairs()
+        return self.double_conv.conv_norms()
 
     def branch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """See :meth:`ResidualBlock.branch`."""

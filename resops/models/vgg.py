@@ -6,6 +6,7 @@ Modules have torchvision's names and ``state_dict``.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,10 @@ WIDTHS = (64, 128, 256, 512, 512)
 
 class ConvActs(nn.Sequential):
     """Convolutions with their norm or activation, and layers between them."""
+
+    def conv_norms(self) -> list[tuple[nn.Module, nn.Module]]:
+        """For :func:`resops.fold`."""
+        return list(itertools.pairwise(self.children()))
 
     def forward(self, x: Tensor) -> Tensor:
         layers = iter(self._modules.values())

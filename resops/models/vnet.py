@@ -39,7 +39,7 @@ class ResidualStage(ResidualBlock):
         self.join = join
 
     def chain(self) -> list[tuple[Any, Any]]:
-        return self.convs.pairs()
+        return self.convs.conv_norms()
 
     def branch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """See :meth:`ResidualBlock.branch`."""
@@ -56,6 +56,10 @@ class Resize(nn.Module):
         super().__init__()
         self.conv = conv
         self.norm = norm
+
+    def conv_norms(self) -> list[tuple[nn.Module, nn.Module]]:
+        """For :func:`resops.fold`."""
+        return [(self.conv, self.norm)]
 
     def forward(self, x: Tensor) -> Tensor:
         return conv_norm_act(self.conv, self.norm, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from .batch_norm import (
     makes_norm_act,
 )
 from .batch_norm_variants import BatchRenormAct2d, GhostBatchNormAct2d
+from .norm_layers import NormThenAct
 from .sync_batch_norm import SyncBatchNormAct
 
 _PAIRS: dict[type[nn.Module], type[BatchNormAct]] = {
@@ -54,7 +56,7 @@ def conv_norm_act(
     Returns:
         (N, C, *spatial of the output).
     """
-    if not norm.training and may_fold(conv, norm):
+    if not norm.training and may_fold(conv, norm) and not _is_faster_apart(conv, x):
         x = _joined(x)
         assert isinstance(norm, BatchNormAct)
         activation, negative_slope, rest = norm.epilogue()
@@ -72,6 +74,31 @@ def conv_norm_act(
 def _tell(conv: nn.Module, norm: nn.Module, x: Tensor | Sequence[Tensor], folded: bool) -> None:
     if observer.listening():
         observer.tell(observer.ConvNormCall(conv, norm, folded), "", _joined(x))
+
+
+# Products of one image's convolution up to which a folded one was measured to be slower than the
+# library's and a norm: a call of the one takes 70 us (25 of them for the checks of what was
+# folded), of the others 15 (python -m bench families, batch 1).
+_FEW_PRODUCTS = 4_000_000
+
+
+def _is_faster_apart(conv: Any, x: Tensor | Sequence[Tensor]) -> bool:
+    """Whether convolution and norm are faster one after the other, in evaluation.
+
+    So they are for one small image in float32 on a CPU, which torch convolves by a matrix product;
+    but not where Winograd's algorithm computes the folded convolution.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.size(0) != 1 or x.dtype != torch.float32:
+        return False
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or conv.groups != 1:
+        return False
+    positions = (x.size(2) // conv.stride[0]) * (x.size(3) // conv.stride[1])
+    products = conv.weight.numel() * positions
+    if conv.kernel_size == (3, 3) and positions > 64:
+        return products <= _FEW_PRODUCTS * 5 // 8
+    return conv.kernel_size in ((1, 1), (3, 3)) and products <= _FEW_PRODUCTS
 
 
 def _joined(x: Tensor | Sequence[Tensor]) -> Tensor:
@@ -307,6 +334,10 @@ class _ConvNormActivation(nn.Sequential):
         # Where the residual is added, if norm and activation are separate children.
         self._before_residual = 1 if norm_layer is None else 2
 
+    def conv_norms(self) -> list[tuple[nn.Module, nn.Module]]:
+        """For :func:`resops.fold`."""
+        return list(itertools.pairwise(self.children()))
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """act( norm( conv(x) ) [+ residual] ).
 
@@ -318,7 +349,7 @@ class _ConvNormActivation(nn.Sequential):
             (N, out_channels, *spatial of the convolution's output).
         """
         layers = list(self._modules.values())
-        if len(layers) > 1 and isinstance(layers[1], NormAct):
+        if len(layers) > 1 and isinstance(layers[1], NormAct | NormThenAct):
             y = conv_norm_act(layers[0], layers[1], x, residual)
             layers = layers[2:]
         else:

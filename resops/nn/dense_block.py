@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import _dispatch
@@ -34,10 +35,13 @@ def dense_block(
         drop_rate: see the op.
 
     Returns:
-        see the op; None where the modules have to be called one by one: one that is a subclass, has
+        see the op; None where the modules have to be called one by one: for a small image in
+        evaluation, which is faster so; and for one that is a subclass, has
         hooks or parametrizations, another activation, or a convolution that is not of the op.
     """
     pairs = [pair for layer in layers for pair in layer]
+    if _is_slower(pairs, x):
+        return None
     if transition is not None:
         *last, pool = transition
         if not is_average_of_four(pool):
@@ -62,6 +66,20 @@ def dense_block(
         call = observer.BlockCall(norms, convolutions, pattern, 2 if dense else 1, why)
         observer.tell(call, _dispatch.choose("batch_norm", x), x)
     return op(x, dense, end, drop_rate=drop_rate, narrow=narrow)
+
+
+# N * H * W up to which layer by layer was measured to be faster without gradients: the checks of
+# one call take as long as the convolutions (python -m bench families, batch 1).
+_FEW_PIXELS = 1500
+
+
+def _is_slower(pairs: Sequence[Pair], x: Tensor) -> bool:
+    """Whether the layers one by one take less time."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu":
+        return False
+    if _dispatch.get_backend() != "auto" or any(norm.training for norm, _ in pairs[:1]):
+        return False
+    return x.dim() == 4 and x.size(0) * x.size(2) * x.size(3) < _FEW_PIXELS
 
 
 def is_average_of_four(pool: Any) -> bool:

@@ -23,6 +23,8 @@ from .conv_bn_act_phases import output_size, paddings_of, size_tuple
 _PLAIN = (None, None, "identity", 0.0)  # no prologue
 # Fewer channels leave most lanes of Winograd's transforms idle.
 _LEAST_CHANNELS = 16
+# Fewer tiles do not pay for the weight's transform (csrc/cpu/conv_path.cpp).
+_LEAST_TILES = 8
 
 
 class ConvolutionFunction(torch.autograd.Function):
@@ -40,18 +42,7 @@ class ConvolutionFunction(torch.autograd.Function):
         padding: tuple[int, ...],
         *more: Tensor,
     ) -> Tensor:
-        slices = [x, *more]
-        settings = (None, "identity", 0.0, stride, padding, (1, 1), False)
-        if torch.compiler.is_compiling():
-            y: Tensor = torch.ops.resops.conv_bn_act_forward(
-                slices, *_PLAIN, weight, bias, *settings
-            )[0]
-            return y
-        # A result that is made as a view of another could not be overwritten, as an activation in
-        # place does: here views are not recorded.
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            y = torch.ops.resops.conv_bn_act_forward(slices, *_PLAIN, weight, bias, *settings)[0]
-        return y
+        return _convolved([x, *more], weight, bias, stride, padding)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -96,6 +87,26 @@ class ConvolutionFunction(torch.autograd.Function):
         none = [None] * len(ctx.channels)
         first, *more = none if grad_x is None else grad_x.split(ctx.channels, 1)
         return first, grad_weight, grad_bias, None, None, *more
+
+
+def _convolved(
+    slices: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> Tensor:
+    settings = (None, "identity", 0.0, stride, padding, (1, 1), False)
+    if torch.compiler.is_compiling():
+        y: Tensor = torch.ops.resops.conv_bn_act_forward(slices, *_PLAIN, weight, bias, *settings)[
+            0
+        ]
+        return y
+    # A result that is made as a view of another could not be overwritten, as an activation in place
+    # does: here views are not recorded.
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        y = torch.ops.resops.conv_bn_act_forward(slices, *_PLAIN, weight, bias, *settings)[0]
+    return y
 
 
 def differentiable_backward(
@@ -188,6 +199,13 @@ def _refuses_3x3(
         return "there are fewer than 3 rows or columns, or than 16 channels"
     if _precision.get_conv_precision() == "highest":
         return "the convolution precision is highest"
+    if torch.compiler.is_compiling():  # the op finds out itself
+        return None
+    rows, columns = ((n + 2 * pad + 1) // 4 for n, pad in zip(x.shape[2:], pads, strict=True))
+    if x.size(0) * rows * columns < _LEAST_TILES:
+        assert _native.module is not None
+        if _native.module.conv_algorithm() != "winograd":
+            return "there are fewer than 8 tiles of 4x4 outputs"
     return None
 
 
@@ -210,6 +228,8 @@ def convolution(
     native = native_geometry(x, weight, bias, stride, padding, dilation, groups)
     if isinstance(native, str):
         return library_convolution(x, weight, bias, stride, padding, dilation, groups)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _convolved([x], weight, bias, *native)
     y: Tensor = apply_function(ConvolutionFunction, x, weight, bias, *native)
     return y
 

@@ -641,6 +641,25 @@ def test_compiled_and_traced(grad: bool) -> None:
             torch.testing.assert_close(other(x, residual), stock(layer, x, residual))
 
 
+@pytest.mark.parametrize(
+    ("batch", "size", "apart"), [(1, 4, True), (2, 4, False), (1, 64, False)], ids=str
+)
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@torch.inference_mode()
+def test_one_small_image_is_not_worth_a_fold(
+    batch: int, size: int, apart: bool, kernel_size: int, native: None
+) -> None:
+    """The library's convolution and the norm; the same to rounding as the reference."""
+    with torch.inference_mode(False):
+        layer = Conv2dNormActivation(64, 64, kernel_size).eval()
+        x = torch.randn(batch, 64, size, size)
+    with counted_calls() as calls:
+        y = layer(x)
+    assert (calls["batch_norm_forward"] > 0) == apart
+    with resops.backend("reference"):
+        torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-4)  # Winograd's error
+
+
 # ---- torchvision's layer -------------------------------------------------------------------------
 
 
