@@ -77,7 +77,8 @@ def _narrow_forward(args: Any, result: Any) -> int:
 
 
 def _narrow_backward(args: Any, result: Any) -> int:
-    grad_c, conv_weight, buffer, mean, total, first = *args[:3], args[5], args[7], args[9]
+    grad_c, conv_weight, buffer = args[:3]
+    mean, total, first = args[5], args[7], args[9]
     passes = buffer.element_size() + (1 if first else 2) * int(total.element_size())
     tensors = (grad_c, conv_weight, *result)
     return _consumed(buffer, mean) * passes + sum(map(_nbytes, tensors))
