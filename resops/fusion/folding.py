@@ -96,10 +96,10 @@ def _fold_own_layers(model: nn.Module) -> None:
             if not may_fold(conv, norm) or type(norm._modules["drop"]) is not nn.Identity:
                 continue
             if _fold_into(conv, norm):
-                ((holder, name),) = places[norm]
+                ((parent, place),) = places[norm]
                 rest = NormThenAct(None, None)
                 rest.act = norm._modules["act"]
-                holder._modules[name] = rest.eval()
+                parent._modules[place] = rest.eval()
 
 
 def _own_pairs(block: Any) -> Iterable[tuple[nn.Module, nn.Module]]:

@@ -88,7 +88,9 @@ def _is_faster_apart(conv: Any, x: Tensor | Sequence[Tensor]) -> bool:
     So they are for one small image in float32 on a CPU, which torch convolves by a matrix product;
     but not where Winograd's algorithm computes the folded convolution.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    if torch.compiler.is_compiling():
         return False
     if not isinstance(x, Tensor) or x.dim() != 4 or x.size(0) != 1 or x.dtype != torch.float32:
         return False
