@@ -75,7 +75,9 @@ class _Listener:
             return
         assert x is not None
         if isinstance(call, StepCall):
-            reasons = (_why(path, x), _convolution(call.block, call.step, path, x))
+            if call.why is not None:
+                path = f"layer by layer, {path}"
+            reasons = (call.why, _why(path, x), _convolution(call.block, call.step, path, x))
             name = join(self.names[call.block], *call.step.place)
             self.paths.append(Path(name, call.step.pattern, path, _joined(*reasons)))
         elif isinstance(call, observer.BlockCall):

@@ -138,6 +138,7 @@ class StepCall(NamedTuple):
 
     block: nn.Module
     step: AnyStep
+    why: str | None = None  # it is computed layer by layer
 
 
 @dataclass
