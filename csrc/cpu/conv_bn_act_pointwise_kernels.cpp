@@ -286,7 +286,6 @@ void convolve_rows(const PointwiseRows& inputs, const PointwiseWeight& weight,
       }
     }
   }
-  if (o.stream) stream_fence();
 }
 
 void convolve(const PointwiseRows& inputs, const PointwiseWeight& weight,

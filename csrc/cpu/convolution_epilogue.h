@@ -130,9 +130,6 @@ inline __attribute__((always_inline)) void finish_tile(const ConvolutionOutput& 
   T* out = mutable_at<T>(o.out, place.image, place.row, place.column) + channel;
   each([&](int r, int s, Value& v) {
     T* to = out + r * o.out.row_stride + s * o.out.column_stride;
-    if constexpr (sizeof(T) == sizeof(float)) {
-      if (o.stream) return stream_line(to, Line<float>{v});
-    }
     store(to, v, count);
     if constexpr (sizeof(T) == 2) {
       if (o.sums != Sums::none) v = load(to, count);

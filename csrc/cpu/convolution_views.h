@@ -57,7 +57,6 @@ struct ConvolutionOutput {
   ImageView argument;
   const float* mean = nullptr;
   Sums sums = Sums::none;
-  bool stream = false;  // float32 past the caches: every 16 channels start on a whole line
 };
 
 }  // namespace resops

@@ -27,12 +27,9 @@ const PointwiseKernels& kernels() { return RESOPS_ACTIVE_KERNELS(pointwise_kerne
 constexpr int64_t kFloatBytes = sizeof(float);
 // Rows of a block: what it reads stays in the second-level cache while the panels of the weight
 // pass by.
-constexpr int64_t kLeastRows = 64, kMostRows = 448, kRowBytes = int64_t{7} << 18;
+constexpr int64_t kLeastRows = 56, kMostRows = 224, kRowBytes = int64_t{1} << 20;
 // A larger weight is packed panel by panel, again for each block.
 constexpr int64_t kPackedBytes = int64_t{32} << 20;
-// Outputs from this size on bypass the caches: smaller than elsewhere, since a row is written in
-// pieces of 128 bytes. (Of 3.2 MB: 1.4 times as fast. Of 0.8 MB: no difference.)
-constexpr int64_t kStreamedBytes = int64_t{3} << 19;
 // Of the gradient of the weight: rows that are taken at a time, and what they may need.
 constexpr int64_t kLeastStep = 64, kMostStep = 256, kStepBytes = int64_t{1} << 20;
 constexpr int64_t kProductBytes = int64_t{32} << 20;
@@ -98,13 +95,6 @@ struct Rows {
   PointwiseRows rows{};
   int64_t count;  // of rows
 };
-
-// Whether kernels may write 16 channels at a time past the caches.
-bool can_stream_channels(const Tensor& out) {
-  return out.scalar_type() == at::kFloat && static_cast<int64_t>(out.nbytes()) >= kStreamedBytes &&
-         out.size(1) % 16 == 0 && row_step(out) % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
-}
 
 // A dense weight as a matrix, with inputs and outputs exchanged if `turned`.
 WeightView matrix_view(const Tensor& weight, bool turned) {
@@ -182,7 +172,6 @@ std::tuple<Tensor, Tensor> pointwise_forward(at::TensorList inputs, const Channe
   output.out = column_view(out);
   if (epilogue.addend) output.addend = column_view(values.addend);
   if (epilogue.argument) output.argument = column_view(values.argument);
-  output.stream = can_stream_channels(out);
 
   BlockSums sums(blocks, out_channels, output.sums != Sums::none);
   const auto rows_of = [&](int64_t i) {
