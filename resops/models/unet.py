@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn import recomputed_input
+from ..nn.batch_norm import is_plain
 from ..nn.conv_bn_act import conv_norm_act
+from ..nn.residual_block import double_conv
 from ._layers import ActLayer, Layers, NormLayer, check_image, fit
 from ._registry import register_model
 from ._residual import Join, ResidualBlock, ResidualLayers, create_layers, initialise
@@ -38,10 +41,18 @@ class ConvNormActs(nn.Sequential):
     def forward(self, x: Tensor | Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
         """``residual`` is added before the last activation.
 
+        In training two convolutions without a residual are one op, which keeps less for the
+        backward pass (docs/math/double_conv.md), if no module was given hooks or replaced.
+
         Args:
             x: one tensor, or several side by side along the channels.
         """
-        *first, last = self.conv_norms()
+        pairs = self.conv_norms()
+        if residual is None and len(pairs) == 2:
+            y = double_conv(pairs, x)
+            if y is not None:
+                return y
+        *first, last = pairs
         for conv, norm in first:
             x = conv_norm_act(conv, norm, x)
         return conv_norm_act(*last, x, residual)
@@ -142,7 +153,10 @@ class Down(nn.Module):
         self.maxpool_conv = nn.Sequential(pool, conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.maxpool_conv(x)
+        if not is_plain(self.maxpool_conv):
+            return self.maxpool_conv(x)
+        pool, conv = self.maxpool_conv
+        return conv(recomputed_input.call(pool, x))
 
 
 class Up(nn.Module):
@@ -164,7 +178,7 @@ class Up(nn.Module):
         self.padded = padded
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = self.up(x)
+        x = recomputed_input.call(self.up, x)
         if self.padded:
             x = fit(x, skip.shape[2:])
         else:
@@ -180,7 +194,7 @@ class OutConv(nn.Module):
         self.conv = layers.conv(in_channels, num_classes, 1, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        return recomputed_input.call(self.conv, x)
 
 
 class UNet(nn.Module):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn import recomputed_input
 from ._layers import ActLayer, Layers, NormLayer, check_image, fit, initialise
 from ._registry import register_model
 from .unet import DoubleConv
@@ -77,17 +78,19 @@ class UNetPlusPlus(nn.Module):
         check_image(x, self.in_chans, 2, 2**self.levels)
         rows: list[list[Tensor]] = []
         for i in range(self.levels + 1):  # diagonal by diagonal: X(i, 0), X(i - 1, 1), ...
-            x = self.get_submodule(f"conv{i}_0")(self.pool(x) if i else x)
+            pooled = recomputed_input.call(self.pool, x) if i else x
+            x = self.get_submodule(f"conv{i}_0")(pooled)
             rows.append([x])
             for j in range(1, i + 1):
                 row = rows[i - j]
-                up = self.get_submodule(f"up{i - j}_{j}")(rows[i - j + 1][j - 1])
+                below = rows[i - j + 1][j - 1]
+                up = recomputed_input.call(self.get_submodule(f"up{i - j}_{j}"), below)
                 slices = (*row, fit(up, row[0].shape[2:]))
                 row.append(self.get_submodule(f"conv{i - j}_{j}")(slices))
         if len(self.heads) == 1:
-            y: Tensor = self.get_submodule(self.heads[0])(rows[0][-1])
-            return y
-        logits = [self.get_submodule(h)(y) for h, y in zip(self.heads, rows[0][1:], strict=True)]
+            return recomputed_input.call(self.get_submodule(self.heads[0]), rows[0][-1])
+        outputs = zip(self.heads, rows[0][1:], strict=True)
+        logits = [recomputed_input.call(self.get_submodule(h), y) for h, y in outputs]
         return logits if self.training else torch.stack(logits).mean(0)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import conv_bn_act as ops
 from ..reference.activation import activate
+from . import observer
 from .batch_norm import (
     BatchNormAct,
     BatchNormAct1d,
@@ -62,7 +63,9 @@ def conv_norm_act(
         if len(rest) < 2:
             y = folded_conv(conv, norm, norm, x, residual, activation, negative_slope)
             if y is not None:
+                _tell(conv, norm, x, folded=True)
                 return rest[0](y) if rest else y
+    _tell(conv, norm, x, folded=False)
     y = convolve(conv, x)
     normalised: Tensor = norm(y) if residual is None else norm(y, residual)
     return normalised
@@ -80,7 +83,7 @@ def _is_faster_apart(conv: Any, x: Tensor | Sequence[Tensor]) -> bool:
     So they are for one small image in float32 on a CPU, which torch convolves by a matrix product;
     but not where Winograd's algorithm computes the folded convolution.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
         return False
     if not isinstance(x, Tensor) or x.dim() != 4 or x.size(0) != 1 or x.dtype != torch.float32:
         return False
@@ -91,6 +94,11 @@ def _is_faster_apart(conv: Any, x: Tensor | Sequence[Tensor]) -> bool:
     if conv.kernel_size == (3, 3) and positions > 64:
         return products <= _FEW_PRODUCTS * 5 // 8
     return conv.kernel_size in ((1, 1), (3, 3)) and products <= _FEW_PRODUCTS
+
+
+def _tell(conv: nn.Module, norm: nn.Module, x: Tensor | Sequence[Tensor], folded: bool) -> None:
+    if observer.listening():
+        observer.tell(observer.ConvNormCall(conv, norm, folded), "", _joined(x))
 
 
 def _joined(x: Tensor | Sequence[Tensor]) -> Tensor:

@@ -23,6 +23,7 @@ from resops.models import (
 )
 from resops.models._residual import RESIDUALS, Join, ResidualBlock
 from resops.nn import ResDrop, ResidualAdd, ShakeDrop, ShakeShake
+from tests.dispatch import counted_calls, native_calls
 from tests.models.twins import assert_evaluates_as_twin, assert_trains_as_twin
 
 pytestmark = [pytest.mark.models, pytest.mark.usefixtures("one_thread")]
@@ -273,6 +274,34 @@ def test_explain_says_what_has_no_fused_form(native: None) -> None:
         assert ("GroupNormAct+ReLU", "native", "") in paths(norm_layer="group")
     row = ("torch", "group norm has kernels where no gradient is recorded")
     assert ("GroupNormAct+ReLU", *row) in paths(norm_layer="group")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("block_op", [True, False])
+def test_explain_takes_the_path_that_it_tells(block_op: bool, training: bool, native: None) -> None:
+    """It makes the calls that the model makes: blocks as one op, folded convolutions."""
+    model: Any = create_model("resnet50", num_classes=2, block_op=block_op).train(training)
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with torch.set_grad_enabled(training):
+        model(x)  # which folds
+        with counted_calls() as calls:
+            model(x)
+        with counted_calls() as in_explain:
+            told = {p.name: p for p in resops.explain(model, x).paths}
+    assert "aten::native_batch_norm" not in in_explain
+    assert native_calls(calls) == {name: in_explain[name] for name in native_calls(calls)}
+    if not training:
+        assert len(told) == 53
+        assert {p.path for p in told.values()} == {"folded into the convolution"}
+        return
+    assert {p.path for p in told.values()} == {"native"}
+    assert told["bn1"].pattern == "batch_norm_act_max_pool, relu"
+    if block_op:
+        assert len(told) == 1 + 16
+        assert told["layer1.0"].pattern == "bottleneck, relu"
+    else:
+        assert len(told) == 53
+        assert told["layer1.0.bn1"].pattern == "BatchNormAct2d+ReLU"
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
