@@ -97,7 +97,7 @@ def _fold_own_layers(model: nn.Module) -> None:
                 continue
             if _fold_into(conv, norm):
                 ((parent, place),) = places[norm]
-                rest = NormThenAct(None, None)
+                rest: Any = NormThenAct(None, None)
                 rest.act = norm._modules["act"]
                 parent._modules[place] = rest.eval()
 

@@ -71,11 +71,6 @@ def conv_norm_act(
     return normalised
 
 
-def _tell(conv: nn.Module, norm: nn.Module, x: Tensor | Sequence[Tensor], folded: bool) -> None:
-    if observer.listening():
-        observer.tell(observer.ConvNormCall(conv, norm, folded), "", _joined(x))
-
-
 # Products of one image's convolution up to which a folded one was measured to be slower than the
 # library's and a norm: a call of the one takes 70 us (25 of them for the checks of what was
 # folded), of the others 15 (python -m bench families, batch 1).
@@ -88,9 +83,7 @@ def _is_faster_apart(conv: Any, x: Tensor | Sequence[Tensor]) -> bool:
     So they are for one small image in float32 on a CPU, which torch convolves by a matrix product;
     but not where Winograd's algorithm computes the folded convolution.
     """
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return False
-    if torch.compiler.is_compiling():
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
         return False
     if not isinstance(x, Tensor) or x.dim() != 4 or x.size(0) != 1 or x.dtype != torch.float32:
         return False
@@ -101,6 +94,11 @@ def _is_faster_apart(conv: Any, x: Tensor | Sequence[Tensor]) -> bool:
     if conv.kernel_size == (3, 3) and positions > 64:
         return products <= _FEW_PRODUCTS * 5 // 8
     return conv.kernel_size in ((1, 1), (3, 3)) and products <= _FEW_PRODUCTS
+
+
+def _tell(conv: nn.Module, norm: nn.Module, x: Tensor | Sequence[Tensor], folded: bool) -> None:
+    if observer.listening():
+        observer.tell(observer.ConvNormCall(conv, norm, folded), "", _joined(x))
 
 
 def _joined(x: Tensor | Sequence[Tensor]) -> Tensor:
