@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from ._layers import ActLayer, Layers, NormLayer, check_image, fit, initialise
 from ._registry import register_model
 
 WIDTHS = (64, 128, 256, 512, 1024)
+LEAST_ELEMENTS = 2**18  # of the output of a double convolution that is one op unasked
 
 
 class ConvNormActs(nn.Sequential):
@@ -35,9 +37,10 @@ class ConvNormActs(nn.Sequential):
     Attributes:
         block_op: in training two convolutions without a residual are one op, which keeps less for
             the backward pass (docs/math/double_conv.md), if no module was given hooks or replaced.
+            None: where the output is large.
     """
 
-    block_op = True
+    block_op: bool | None = None
 
     def forward(self, x: Tensor | Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
         """``residual`` is added before the last activation.
@@ -47,13 +50,20 @@ class ConvNormActs(nn.Sequential):
         """
         modules: list[Any] = list(self._modules.values())
         pairs = list(zip(modules[::2], modules[1::2], strict=True))
-        if self.block_op and residual is None and len(pairs) == 2:
+        if residual is None and len(pairs) == 2 and self._wants_block_op(pairs[-1][0], x):
             y = double_conv(pairs, x)
             if y is not None:
                 return y
         for conv, norm in pairs[:-1]:
             x = conv_norm_act(conv, norm, x)
         return conv_norm_act(*pairs[-1], x, residual)
+
+    def _wants_block_op(self, last: Any, x: Tensor | Sequence[Tensor]) -> bool:
+        if self.block_op is not None:
+            return self.block_op
+        first = x if isinstance(x, Tensor) else x[0]
+        pixels = first.size(0) * math.prod(first.shape[2:])
+        return bool(pixels * getattr(last, "out_channels", 0) >= LEAST_ELEMENTS)
 
 
 class DoubleConv(nn.Module):
@@ -96,7 +106,7 @@ class DoubleConv(nn.Module):
         return self.double_conv(x, x if self.shortcut is None else self.shortcut(x))
 
 
-def choose_block_op(model: nn.Module, block_op: bool) -> None:
+def choose_block_op(model: nn.Module, block_op: bool | None) -> None:
     """Whether the double convolutions of a network are one op each in training."""
     for module in model.modules():
         if isinstance(module, ConvNormActs):
@@ -175,6 +185,8 @@ class UNet(nn.Module):
         block_op: in training compute each double convolution without a shortcut as one op, whose
             output and activations in between are not kept for the backward pass but computed again
             (docs/math/double_conv.md). One with hooks or replaced modules runs layer by layer.
+            None: those whose output has 2^18 elements or more, a megabyte in float32; of small ones
+            the memory is little, and what a call costs in Python is seen.
 
     Raises:
         ValueError: an unknown norm or activation; fewer than two widths; residual blocks of valid
@@ -195,7 +207,7 @@ class UNet(nn.Module):
         residual: bool = False,
         padded: bool = True,
         drop_rate: float = 0.0,
-        block_op: bool = True,
+        block_op: bool | None = None,
     ) -> None:
         super().__init__()
         if len(widths) < 2:

@@ -45,7 +45,7 @@ class UNet3d(nn.Module):
         norm_layer: NormLayer = None,
         act_layer: ActLayer = "relu",
         residual: bool = False,
-        block_op: bool = True,
+        block_op: bool | None = None,
     ) -> None:
         super().__init__()
         if len(widths) < 2:
