@@ -374,7 +374,7 @@ def test_saved(name: str, size: tuple[int, ...], share: float, dtype: str) -> No
 
 def test_double_convolutions_are_one_op_each() -> None:
     x = in_channels_last(torch.randn(1, 2, 16, 16))
-    model = small(block_op=True).train()
+    model: Any = small(block_op=True).train()
     told = resops.explain(model, x).paths
     blocks = ["inc", "down1.maxpool_conv.1", "down2.maxpool_conv.1", "up1.conv", "up2.conv"]
     assert [(p.name, p.pattern) for p in told] == [
