@@ -11,6 +11,7 @@ implementation that most people use (github.com/milesial/Pytorch-UNet).
 from __future__ import annotations
 
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from ._residual import Join, ResidualBlock, ResidualLayers, create_layers, initi
 
 WIDTHS = (64, 128, 256, 512, 1024)
 Channels = tuple[int, int, int]
+LEAST_ELEMENTS = 2**18  # of the output of a double convolution that is one op unasked
 
 
 class ConvNormActs(nn.Sequential):
@@ -36,9 +38,10 @@ class ConvNormActs(nn.Sequential):
     Attributes:
         block_op: in training two convolutions without a residual are one op, which keeps less for
             the backward pass (docs/math/double_conv.md), if no module was given hooks or replaced.
+            None: where the output is large.
     """
 
-    block_op = True
+    block_op: bool | None = None
 
     def conv_norms(self) -> list[tuple[Any, Any]]:
         """Each convolution with its norm."""
@@ -52,7 +55,7 @@ class ConvNormActs(nn.Sequential):
             x: one tensor, or several side by side along the channels.
         """
         pairs = self.conv_norms()
-        if self.block_op and residual is None and len(pairs) == 2:
+        if residual is None and len(pairs) == 2 and self._wants_block_op(pairs[-1][0], x):
             y = double_conv(pairs, x)
             if y is not None:
                 return y
@@ -60,6 +63,13 @@ class ConvNormActs(nn.Sequential):
         for conv, norm in first:
             x = conv_norm_act(conv, norm, x)
         return conv_norm_act(*last, x, residual)
+
+    def _wants_block_op(self, last: Any, x: Tensor | Sequence[Tensor]) -> bool:
+        if self.block_op is not None:
+            return self.block_op
+        first = x if isinstance(x, Tensor) else x[0]
+        pixels = first.size(0) * math.prod(first.shape[2:])
+        return bool(pixels * getattr(last, "out_channels", 0) >= LEAST_ELEMENTS)
 
 
 def _two_convs(channels: Channels, layers: Layers, last_norm: Any, padding: int) -> ConvNormActs:
@@ -149,7 +159,7 @@ def double_convs(layers: Layers, padding: int = 1) -> Callable[[int, int, int], 
     return residual_block
 
 
-def choose_block_op(model: nn.Module, block_op: bool) -> None:
+def choose_block_op(model: nn.Module, block_op: bool | None) -> None:
     """Whether the double convolutions of a network are one op each in training."""
     for module in model.modules():
         if isinstance(module, ConvNormActs):
@@ -232,6 +242,8 @@ class UNet(nn.Module):
         block_op: in training compute each double convolution without a shortcut as one op, whose
             output and activations in between are not kept for the backward pass but computed again
             (docs/math/double_conv.md). One with hooks or replaced modules runs layer by layer.
+            None: those whose output has 2^18 elements or more, a megabyte in float32; of small ones
+            the memory is little, and what a call costs in Python is seen.
 
     Raises:
         ValueError: an unknown norm, activation or residual; fewer than two widths; residual blocks
@@ -255,7 +267,7 @@ class UNet(nn.Module):
         drop_path_rate: float = 0.0,
         zero_init_residual: bool = False,
         weight_standardization: bool = False,
-        block_op: bool = True,
+        block_op: bool | None = None,
     ) -> None:
         super().__init__()
         if len(widths) < 2:

@@ -51,7 +51,7 @@ class UNet3d(nn.Module):
         drop_path_rate: float = 0.0,
         zero_init_residual: bool = False,
         weight_standardization: bool = False,
-        block_op: bool = True,
+        block_op: bool | None = None,
     ) -> None:
         super().__init__()
         if len(widths) < 2:

@@ -50,7 +50,7 @@ class UNetPlusPlus(nn.Module):
         deep_supervision: bool = False,
         norm_layer: NormLayer = None,
         act_layer: ActLayer = "relu",
-        block_op: bool = True,
+        block_op: bool | None = None,
     ) -> None:
         super().__init__()
         if len(widths) < 2:

@@ -242,8 +242,8 @@ def slices_of_the_library() -> None:
 
 
 def unet() -> None:
-    """A training step of a U-Net: its 3x3 convolutions are Triton's, and the one behind the skip
-    connection reads the two halves where they are."""
+    """A training step of a U-Net: of its convolutions the one behind the skip connection, which
+    reads the two halves where they are, is Triton's."""
     results = []
     for fused in (True, False):
         torch.manual_seed(0)
@@ -254,8 +254,7 @@ def unet() -> None:
                 loss = model(x).square().mean()
                 loss.backward()
             if fused:
-                expected = {"forward": 6, "backward_data": 5, "backward_weight": 6}
-                assert calls == expected and ops["aten::cat"] == 0, (calls, ops)
+                assert calls == dict.fromkeys(PHASES, 1) and ops["aten::cat"] == 0, (calls, ops)
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 

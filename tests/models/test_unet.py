@@ -33,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("native", "one_thread")
 NARROW = {"widths": (8, 16, 32), "in_chans": 2, "num_classes": 3}
 FORMS: dict[str, dict[str, Any]] = {
     "batch": {},
+    "one op": {"block_op": True},
     "bilinear": {"bilinear": True},
     "residual": {"residual": True},
     "instance": {"norm_layer": "instance"},
@@ -363,7 +364,7 @@ def in_channels_last(t: Any) -> Any:
 )
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_saved(name: str, size: tuple[int, ...], share: float, dtype: str) -> None:
-    model: Any = create_model(name, in_chans=2, widths=(16, 32, 64))
+    model: Any = create_model(name, in_chans=2, widths=(16, 32, 64), block_op=True)
     layout = {2: torch.channels_last, 3: torch.channels_last_3d}[len(size)]
     model = model.to(memory_format=layout)
     x = torch.randn(1, 2, *size).contiguous(memory_format=layout)
@@ -374,13 +375,16 @@ def test_saved(name: str, size: tuple[int, ...], share: float, dtype: str) -> No
 
 def test_double_convolutions_are_one_op_each() -> None:
     x = in_channels_last(torch.randn(1, 2, 16, 16))
-    model: Any = small().train()
+    model: Any = small(block_op=True).train()
     told = resops.explain(model, x).paths
     blocks = ["inc", "down1.maxpool_conv.1", "down2.maxpool_conv.1", "up1.conv", "up2.conv"]
     assert [(p.name, p.pattern) for p in told] == [
         (f"{name}.double_conv", "double_conv, relu") for name in blocks
     ]
     assert len(resops.explain(small(block_op=False).train(), x).paths) == 10
+    large = torch.empty(1, 2, 8, 8).expand(2**18 // 8**3, 2, 8, 8)  # for the 8 channels there
+    patterns = [p.pattern for p in resops.explain(small(widths=(8, 8)).train(), large).paths]
+    assert patterns == ["double_conv, relu", *["BatchNormAct2d+ReLU"] * 2, "double_conv, relu"]
     seen: list[Tensor] = []
     model.inc.double_conv[1].register_forward_hook(lambda module, args, y: seen.append(y))
     model.down1.maxpool_conv.register_forward_hook(lambda module, args, y: seen.append(y))
@@ -413,7 +417,7 @@ def test_loss_curves_of_three_seeds() -> None:
     curves = []
     for seed in range(3):
         torch.manual_seed(seed)
-        model = in_channels_last(UNet(2, 2, widths=(16, 32))).train()
+        model = in_channels_last(UNet(2, 2, widths=(16, 32), block_op=True)).train()
         with resops.backend("reference"):
             theirs = losses(copy.deepcopy(model), seed)
         ours = losses(model, seed)
