@@ -74,7 +74,7 @@ def _tile_corner(
 def _elements(row, exists, first, width, numel, RAGGED: tl.constexpr, COLS: tl.constexpr):
     """Offsets of the tile's elements, and which exist. RAGGED: the last row is not a whole one."""
     column = first + tl.arange(0, COLS)[None, :]
-    offsets = row * width + column
+    offsets = row.to(tl.int64) * width + column
     valid = exists & (column < width)
     if RAGGED:
         valid = valid & (offsets < numel)

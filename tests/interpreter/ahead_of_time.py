@@ -38,6 +38,9 @@ _POINTERS = {
 }
 
 
+# Of Triton's intermediate language: what moves a number, or adds to it.
+_KEEP_THE_VALUE = {"arith.addi", "tt.splat", "tt.expand_dims", "tt.broadcast", "tt.reshape"}
+
 Path_ = tuple[int, ...]  # position of an argument, and inside of a tuple
 
 
@@ -86,6 +89,7 @@ class Compiled:
     registers: int
     stack: int  # bytes of local memory, where spilled registers go
     shared: int
+    ttir: str  # of Triton, all functions inlined
     ptx: str
     messages: str  # of ptxas
     code: str  # of the machine
@@ -94,6 +98,27 @@ class Compiled:
     def serialised(self) -> list[str]:
         """The messages of ptxas that it made wgmma wait for one another, and why."""
         return re.findall(r"C751\d.*", self.messages)
+
+    def products_widened_late(self) -> list[str]:
+        """Where a product of 32-bit numbers, or a sum with one, becomes a 64-bit number: too late,
+        if it is an offset into a large tensor."""
+        narrow: set[str] = set()
+        known: set[str] = set()  # of constants and ranges, which are small
+        found = []
+        for line in self.ttir.splitlines():
+            parsed = re.match(r"\s*(%[\w-]+) = ([\w.]+) (.*?) : (.*?)(?: loc\(.*)?$", line)
+            if parsed is None:
+                continue
+            name, op, operands, kind = parsed.groups()
+            given = set(re.findall(r"%[\w-]+", operands))
+            used = given & narrow
+            if op in ("arith.constant", "tt.make_range") or (given and given <= known):
+                known.add(name)
+            elif op == "arith.extsi" and used:
+                found.append(line.strip())
+            elif "i32" in kind and (op == "arith.muli" or (used and op in _KEEP_THE_VALUE)):
+                narrow.add(name)
+        return found
 
     def widest(self, direction: str) -> int:
         """Bytes of the widest global access ("ld" or "st")."""
@@ -249,6 +274,7 @@ def _compiled(launch: Launch, capability: int) -> Compiled:
         int(used["REG"]),
         int(used["STACK"]) + int(used["LOCAL"]),
         int(compiled.metadata.shared),
+        str(compiled.asm["ttir"]),
         str(compiled.asm["ptx"]),
         messages.getvalue(),
         code,

@@ -264,6 +264,17 @@ def any_tile() -> None:
         case.check(case.run(kernels))
 
 
+def strides_without_zeros_between() -> None:
+    """Of what the gradient of the input of a strided convolution allocates, only that gradient is
+    larger than the gradient of the output: no zeros are put between its pixels."""
+    case = random_case((2, 5, 12, 12), 6, (3, 3), prologue="relu", stride=(2, 2), padding=(1, 1))
+    with guarded_memory() as made, tiles.forced(tiles.Tile(32, 16, 16, 4, 2)):
+        found = case.backward_data(kernels)
+    case.check(found)
+    large = [t.tensor.shape for t in made if t.tensor.numel() > case.grad_y.numel()]
+    assert large == [case.x.shape], large
+
+
 def every_entry_of_the_table() -> None:
     """Each tile in the phase that it is there for, alone; a tile of several classes that differ in
     their columns only, once."""
@@ -409,6 +420,7 @@ CALLS |= {
         any_number_of_parts,
         any_tile,
         every_entry_of_the_table,
+        strides_without_zeros_between,
         tuner,
         tuner_in_16_bits,
         empty,

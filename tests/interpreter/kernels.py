@@ -130,13 +130,14 @@ class _Guards(TorchDispatchMode):
 
 
 @contextmanager
-def guarded_memory() -> Iterator[None]:
-    """Memory that is allocated inside is poisoned and has margins, which are untouched at the end.
+def guarded_memory() -> Iterator[list[Guarded]]:
+    """Memory that is allocated inside, which is listed, is poisoned and has margins, which are
+    untouched at the end.
 
     Raises:
         AssertionError: something was written outside of a tensor.
     """
     with _Guards() as guards:
-        yield
+        yield guards.guarded
     for guard in guards.guarded:
         guard.assert_margins_untouched()

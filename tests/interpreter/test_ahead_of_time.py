@@ -1,5 +1,7 @@
 """Every Triton kernel, compiled for GPUs that are not there, from the launches of real calls.
 
+Offsets into tensors are computed in 64 bits: the interpreter, in which a loop's variable is a
+number of Python, cannot show that of the reductions.
 No register may spill to local memory, and the wide walks must move 16 bytes at a time. Registers
 and shared memory are printed (pytest -rP). sm_90 by default, the others with -m slow.
 """
@@ -168,6 +170,8 @@ def test_compiles_without_spills(label: str, capability: int) -> None:
     for result in compiled(label, capability):
         assert result.stack == 0, str(result)
         assert result.shared <= SHARED_MEMORY, str(result)
+        if result.launch.name in STREAMS:
+            assert result.products_widened_late() == [], str(result)
         # gelu and a sum in float32 beside 16 bits leave room for three programs.
         lean = CASES[label][1] and not any(word in label for word in ("gelu", "sum fp32"))
         assert result.registers <= (FOUR_PROGRAMS if lean else THREE_PROGRAMS), str(result)

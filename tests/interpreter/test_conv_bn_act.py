@@ -40,6 +40,7 @@ NAMES = [
     "any_number_of_parts",
     "any_tile",
     "every_entry_of_the_table",
+    "strides_without_zeros_between",
     "tuner",
     "tuner_in_16_bits",
     "empty",
