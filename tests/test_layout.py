@@ -16,13 +16,16 @@ TOP_LEVEL = ("setup.py", "csrc", "resops", "triton_kernels", "tests", "bench", "
 SHARED = {
     "resops/ops": {
         "__init__",
+        "activation_source",
         "batch_norm_prelu",
         "conv_bn_act_convolution",
         "conv_bn_act_gpu",
         "conv_bn_act_phases",
+        "conv_bn_act_slices",
         "convolution",
         "convolution_table",
         "dense_block_passes",
+        "recomputed_input",
         "residual_block",
         "residual_block_arguments",
         "residual_block_passes",
@@ -32,7 +35,7 @@ SHARED = {
     "csrc/cuda": {"batch_norm_slab", "device"},
 }
 # Ops that are made of other ops, and so have no kernel of their own.
-COMPOSED = {"basic_block", "bottleneck"}
+COMPOSED = {"basic_block", "bottleneck", "double_conv"}
 # Functions that are another op with fixed arguments.
 SPECIAL_CASES = {"transition"}
 

@@ -6,7 +6,7 @@ resops.functional.dense_block and transition.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +18,11 @@ from ..nn.batch_norm import is_plain, normalize
 from ..nn.conv_bn_act import convolve, folded_conv
 from ..nn.dense_block import is_average_of_four, is_of_the_op, norm_conv
 from ..ops.dense_block import dense_block, fallback_reason
-from ..reference.dense_block import DenseLayer, NormConv
+from ..reference.dense_block import DenseLayer
 from . import layers, measured
 from .blocks import kept
 from .layers import Path
+from .steps import StepCall
 
 
 class _Family(NamedTuple):
@@ -57,7 +58,6 @@ class DenseBlockStep:
     checkpoints: str
     pattern: str = "DenseBlock"
     place: Path = ()
-    why: str = ""  # told of a call that is computed layer by layer
 
     def _paths(self, names: tuple[str, ...]) -> tuple[Path, ...]:
         return tuple((layer, name) for layer in self.layers for name in names)
@@ -95,7 +95,9 @@ class DenseBlockStep:
         pairs = list(self.pairs(block))
         parts = [norm_conv(norm, conv) for norm, conv in pairs]
         dense = [DenseLayer(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
-        _tell(self, pairs[0][0], x, dense, None)
+        if observer.listening():
+            why = fallback_reason(x, dense, None)
+            observer.tell(StepCall(block, self, why), layers.backend_of(pairs[0][0]), x)
 
         def narrow(index: int, z: Tensor) -> Tensor:
             conv, norm = pairs[2 * index][1], pairs[2 * index + 1][0]
@@ -115,7 +117,6 @@ class TransitionStep:
     place: Path = ()
     norms: tuple[Path, ...] = (("norm",),)
     folds: tuple[tuple[Path, Path], ...] = ()
-    why: str = ""
 
     @property
     def identities(self) -> tuple[Path, ...]:
@@ -138,20 +139,13 @@ class TransitionStep:
         """Of half the height and width, in the memory format of ``x``."""
         norm, conv = next(self.pairs(block))
         end = norm_conv(norm, conv)
-        _tell(self, norm, x, [], end)
+        if observer.listening():
+            why = fallback_reason(x, (), end)
+            observer.tell(StepCall(block, self, why), layers.backend_of(norm), x)
         return _in_format_of(x, dense_block(x, (), end))
 
 
 WholeStep = DenseBlockStep | TransitionStep
-
-
-def _tell(
-    step: WholeStep, norm: nn.Module, x: Tensor, dense: list[DenseLayer], end: NormConv | None
-) -> None:
-    if observer.listening():
-        why, path = fallback_reason(x, dense, end), layers.backend_of(norm)
-        path = path if why is None else f"layer by layer, {path}"
-        observer.tell(replace(step, why=why or ""), path, x)
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:

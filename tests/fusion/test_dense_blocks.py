@@ -147,7 +147,9 @@ def test_explain_says_why_a_block_runs_layer_by_layer(
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_small_images_go_to_the_original_layers(package: str, native: None) -> None:
+def test_small_images_go_to_the_original_layers(
+    package: str, native: None, one_thread: None
+) -> None:
     plain = dense_block(package)
     fused = resops.fuse(copy.deepcopy(plain))
     small, large = image(4), image(32)
@@ -161,6 +163,9 @@ def test_small_images_go_to_the_original_layers(package: str, native: None) -> N
     assert (path.path, path.pattern) == ("native", "DenseBlock")
     with resops.backend("native"):  # asked for by name
         assert runs_as_one_op(fused, small)
+    torch.set_num_threads(2)  # which one_thread takes back
+    with torch.no_grad():
+        assert runs_as_one_op(fused, image(48)) and not runs_as_one_op(fused, large)
 
 
 def hook(block: Any) -> None:

@@ -531,8 +531,8 @@ MUTANTS = [
         "mask of a consumer from values that are not centred",
         Edit(
             "csrc/cpu/dense_block_kernels.cpp",
-            "pre_activation(a, centred, at)",
-            "pre_activation(a, xs[r].pack[i], at)",
+            "passes(z)",
+            "passes(pre_activation(a, xs[r].pack[i], at))",
         ),
         f"{DENSE_PHASES}::test_phases_are_the_definition",
     ),
