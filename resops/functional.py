@@ -15,6 +15,7 @@ from .ops.bottleneck import bottleneck as _bottleneck
 from .ops.conv_bn_act import conv_bn_act as _conv_bn_act
 from .ops.dense_block import dense_block as _dense_block
 from .ops.dense_block import transition as _transition
+from .ops.double_conv import double_conv as _double_conv
 from .ops.residual_add import residual_add as _residual_add
 from .ops.sync_batch_norm import sync_batch_norm as _sync_batch_norm
 from .reference.conv_norm import ConvNorm
@@ -30,6 +31,7 @@ __all__ = [
     "bottleneck",
     "conv_bn_act",
     "dense_block",
+    "double_conv",
     "residual_add",
     "transition",
 ]
@@ -421,6 +423,43 @@ def basic_block(
         negative_slope=negative_slope,
         recompute=recompute,
     )
+
+
+def double_conv(
+    input: Tensor | Sequence[Tensor],
+    conv1: ConvNorm,
+    conv2: ConvNorm,
+    *,
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """Two convolutions, each with its norm and activation, as one op that saves little.
+
+    ``act( norm2(conv2(act(norm1(conv1(input))))) )``, what a U-Net is made of (Ronneberger, Fischer
+    and Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", 2015). Equal to the
+    layers one after the other; first and second derivatives are those of autograd.
+
+    Saved for the backward pass are the input, the raw outputs of the convolutions, mean and invstd
+    of each norm. The activation between the convolutions is computed again, and so is, where
+    ``input`` is itself the output of such a call, the input (docs/math/double_conv.md).
+
+    Args:
+        input: (N, C_in, *spatial) with 1 to 3 spatial dimensions; float32, bfloat16, float16 or
+            float64; any strides. Or several such, side by side along the channels, which are not
+            concatenated where the convolution's kernels take slices.
+        conv1, conv2: a convolution and its batch norm each: tensors and settings of
+            :func:`conv_bn_act`.
+        activation: after each norm: "relu", "leaky_relu", "silu", "gelu" (exact) or None.
+        negative_slope: of leaky_relu.
+
+    Returns:
+        (N, C, *spatial) of the second convolution's output.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, NotImplementedError, BackendError: as in
+            :func:`bottleneck`.
+    """
+    return _double_conv(input, conv1, conv2, activation=activation, negative_slope=negative_slope)
 
 
 def dense_block(

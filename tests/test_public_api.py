@@ -48,6 +48,7 @@ NAMES = {
         "bottleneck",
         "conv_bn_act",
         "dense_block",
+        "double_conv",
         "residual_add",
         "transition",
     ],

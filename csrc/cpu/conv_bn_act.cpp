@@ -4,6 +4,7 @@
 
 #include "../conv_bn_act.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/cat.h>
@@ -207,6 +208,9 @@ bool is_own_kernel(ConvAlgorithm algorithm) {
   return algorithm == ConvAlgorithm::winograd || algorithm == ConvAlgorithm::pointwise;
 }
 
+// No phase is differentiable, whatever its inputs require: the library's convolutions inside are
+// called below autograd.
+
 // y is `out` where that is given and a kernel can write to it.
 std::tuple<Tensor, Tensor, Tensor> forward(
     at::TensorList inputs, const OptionalTensor& scale, const OptionalTensor& shift,
@@ -214,6 +218,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const OptionalTensor& conv_bias, const OptionalTensor& residual, std::string_view activation,
     double negative_slope, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, bool statistics, const Tensor* out) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Activation before = parse_activation(prologue), act = parse_activation(activation);
   const ConvGeometry geometry{stride, padding, dilation};
   const auto size = check_conv_bn_act_forward(inputs, {scale, shift, before}, conv_weight,
@@ -275,6 +280,7 @@ std::tuple<Tensor, Tensor> conv_bn_act_forward_into(
     const OptionalTensor& conv_bias, const OptionalTensor& residual, std::string_view activation,
     double negative_slope, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, bool statistics, const Tensor& out) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
   auto [y, mean, var] =
       forward(inputs, scale, shift, prologue, prologue_slope, conv_weight, conv_bias, residual,
               activation, negative_slope, stride, padding, dilation, statistics, &out);
@@ -288,6 +294,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_bn_act_backward_data(
     std::string_view prologue, double prologue_slope, const OptionalTensor& mean,
     const OptionalTensor& invstd, const OptionalTensor& addend, at::IntArrayRef stride,
     at::IntArrayRef padding, at::IntArrayRef dilation) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Activation before = parse_activation(prologue);
   const ConvGeometry geometry{stride, padding, dilation};
   check_conv_bn_act_backward_data(grad_y, conv_weight, input_size, x, {scale, shift, before}, mean,
@@ -346,6 +353,7 @@ Tensor conv_bn_act_backward_weight(const Tensor& grad_y, at::TensorList inputs,
                                    std::string_view prologue, double prologue_slope,
                                    at::IntArrayRef weight_size, at::IntArrayRef stride,
                                    at::IntArrayRef padding, at::IntArrayRef dilation) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Activation before = parse_activation(prologue);
   const ConvGeometry geometry{stride, padding, dilation};
   check_conv_bn_act_backward_weight(grad_y, inputs, {scale, shift, before}, weight_size, geometry);

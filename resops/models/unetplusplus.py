@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn import recomputed_input
 from ._layers import ActLayer, Layers, NormLayer, check_image, fit, initialise
 from ._registry import register_model
 from .unet import DoubleConv
@@ -59,13 +60,13 @@ class UNetPlusPlus(nn.Module):
         self.pool = layers.max_pool()
         for i, wide in enumerate(widths):
             before = in_chans if i == 0 else widths[i - 1]
-            self.add_module(f"conv{i}_0", DoubleConv(before, wide, wide, layers))
+            self.add_module(f"conv{i}_0", DoubleConv((before, wide, wide), layers))
         for j in range(1, len(widths)):
             for i, (wide, below) in enumerate(itertools.pairwise(widths[: len(widths) - j + 1])):
                 up = layers.upsample() if bilinear else layers.up_conv(below, wide)
                 joined = j * wide + (below if bilinear else wide)
                 self.add_module(f"up{i}_{j}", up)
-                self.add_module(f"conv{i}_{j}", DoubleConv(joined, wide, wide, layers))
+                self.add_module(f"conv{i}_{j}", DoubleConv((joined, wide, wide), layers))
         heads = range(1, len(widths)) if deep_supervision else [self.levels]
         self.heads = [f"final{j}" if deep_supervision else "final" for j in heads]
         for name in self.heads:
@@ -77,17 +78,19 @@ class UNetPlusPlus(nn.Module):
         check_image(x, self.in_chans, 2, 2**self.levels)
         rows: list[list[Tensor]] = []
         for i in range(self.levels + 1):  # diagonal by diagonal: X(i, 0), X(i - 1, 1), ...
-            x = self.get_submodule(f"conv{i}_0")(self.pool(x) if i else x)
+            pooled = recomputed_input.call(self.pool, x) if i else x
+            x = self.get_submodule(f"conv{i}_0")(pooled)
             rows.append([x])
             for j in range(1, i + 1):
                 row = rows[i - j]
-                up = self.get_submodule(f"up{i - j}_{j}")(rows[i - j + 1][j - 1])
+                below = rows[i - j + 1][j - 1]
+                up = recomputed_input.call(self.get_submodule(f"up{i - j}_{j}"), below)
                 slices = (*row, fit(up, row[0].shape[2:]))
                 row.append(self.get_submodule(f"conv{i - j}_{j}")(slices))
         if len(self.heads) == 1:
-            y: Tensor = self.get_submodule(self.heads[0])(rows[0][-1])
-            return y
-        logits = [self.get_submodule(h)(y) for h, y in zip(self.heads, rows[0][1:], strict=True)]
+            return recomputed_input.call(self.get_submodule(self.heads[0]), rows[0][-1])
+        outputs = zip(self.heads, rows[0][1:], strict=True)
+        logits = [recomputed_input.call(self.get_submodule(h), y) for h, y in outputs]
         return logits if self.training else torch.stack(logits).mean(0)
 
 

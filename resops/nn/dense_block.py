@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,15 +16,6 @@ from .batch_norm import BatchNormAct2d, is_plain, next_statistics
 from .conv_bn_act import conv_norm_act, may_fuse
 
 Pair = tuple[nn.Module, nn.Module]
-
-
-class DenseBlockCall(NamedTuple):
-    """What :func:`resops.explain` hears of a block that is called as one op."""
-
-    norms: list[nn.Module]  # of the layers, then of the transition
-    convolutions: list[nn.Module]
-    transition: bool
-    why: str | None  # it is computed layer by layer
 
 
 def dense_block(
@@ -49,7 +40,7 @@ def dense_block(
     pairs = [pair for layer in layers for pair in layer]
     if transition is not None:
         *last, pool = transition
-        if not _is_average_of_four(pool):
+        if not is_average_of_four(pool):
             return None
         pairs.append((last[0], last[1]))
     if x.dim() != 4 or not all(_may_fuse(norm, conv) for norm, conv in pairs):
@@ -66,12 +57,15 @@ def dense_block(
     if observer.listening():
         why = fallback_reason(x, dense, end)
         norms, convolutions = (list(modules) for modules in zip(*pairs, strict=True))
-        call = DenseBlockCall(norms, convolutions, end is not None, why)
+        pattern = "+".join(["dense_block"] * (len(dense) > 0) + ["transition"] * (end is not None))
+        # A norm of a layer is two levels below the block, that of a transition one below it.
+        call = observer.BlockCall(norms, convolutions, pattern, 2 if dense else 1, why)
         observer.tell(call, _dispatch.choose("batch_norm", x), x)
     return op(x, dense, end, drop_rate=drop_rate, narrow=narrow)
 
 
-def _is_average_of_four(pool: nn.Module) -> bool:
+def is_average_of_four(pool: Any) -> bool:
+    """Whether a pool is the one of a transition."""
     if type(pool) is not nn.AvgPool2d or not is_plain(pool):
         return False
     settings = (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.divisor_override)

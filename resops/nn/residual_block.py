@@ -1,4 +1,4 @@
-"""A residual block of modules as one op, where that gives the same as module after module."""
+"""A block of modules as one op, where that gives the same as module after module."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import _dispatch, functional
 from ..functional import ConvNorm
 from ..ops.conv_bn_act import wants_gradient
+from . import observer
 from .batch_norm import BatchNormAct, is_plain, next_statistics
 from .conv_bn_act import Conv2dNormActivation, Conv3dNormActivation, may_fuse
 from .sync_batch_norm import SyncBatchNormAct
@@ -44,6 +45,38 @@ def residual_block(
         if type(shortcut) not in _SHORTCUTS or not is_plain(shortcut) or len(children) != 2:
             return None
         pairs.append((children[0], children[1]))  # type: ignore[arg-type]
+    activation = _one_activation(pairs, shortcut is not None)
+    if activation is None or not _differentiates([x], pairs):
+        return None
+    layers: list[Any] = [_layer(conv, norm) for conv, norm in pairs]
+    op: Any = _OPS[len(chain)]
+    _tell(op, pairs, activation, x)
+    return op(x, *layers, **activation, recompute=recompute)
+
+
+def double_conv(chain: Sequence[Pair], x: Tensor | Sequence[Tensor]) -> Tensor | None:
+    """Two convolutions, each with norm and activation, by :func:`resops.functional.double_conv`.
+
+    Args:
+        chain: two pairs of a convolution and its norm.
+        x: one tensor, or several side by side along the channels.
+
+    Returns:
+        see the op; None as in :func:`residual_block`.
+    """
+    slices = [x] if isinstance(x, Tensor) else list(x)
+    activation = _one_activation(chain, False)
+    alike = all(t.dtype == slices[0].dtype for t in slices)
+    if activation is None or not alike or not _differentiates(slices, chain):
+        return None
+    conv1, conv2 = (_layer(conv, norm) for conv, norm in chain)
+    _tell(functional.double_conv, chain, activation, slices[0])
+    return functional.double_conv(slices, conv1, conv2, **activation)
+
+
+def _one_activation(pairs: Sequence[Pair], projected: bool) -> dict[str, Any] | None:
+    """The activation that all norms have, but the last one where ``projected``, as arguments of an
+    op; None where there are several, or a layer is not exactly one of the op's."""
     if not all(may_fuse(conv, norm) for conv, norm in pairs):
         return None
     if any(isinstance(norm, SyncBatchNormAct) for _, norm in pairs):
@@ -52,18 +85,26 @@ def residual_block(
     if any(rest for _, _, rest in epilogues):
         return None
     acts = [epilogue[:2] for epilogue in epilogues]
-    if shortcut is not None and acts.pop()[0] != "identity":
+    if projected and acts.pop()[0] != "identity":
         return None
     if any(isinstance(slope, Tensor) for _, slope in acts) or acts.count(acts[0]) != len(acts):
         return None
+    return {"activation": acts[0][0], "negative_slope": acts[0][1]}
+
+
+def _differentiates(slices: Sequence[Tensor], pairs: Sequence[Pair]) -> bool:
+    """Whether the call is one of training: else each layer has its own folded convolution."""
     training = any(norm.training for _, norm in pairs)
     parameters = [p for pair in pairs for module in pair for p in module._parameters.values()]
-    if not (wants_gradient(x, *parameters) or (training and torch.is_grad_enabled())):
-        return None
-    layers: list[Any] = [_layer(conv, norm) for conv, norm in pairs]
-    op: Any = _OPS[len(chain)]
-    activation, negative_slope = acts[0]
-    return op(x, *layers, activation=activation, negative_slope=negative_slope, recompute=recompute)
+    return wants_gradient(*slices, *parameters) or (training and torch.is_grad_enabled())
+
+
+def _tell(op: Any, pairs: Sequence[Pair], activation: dict[str, Any], x: Tensor) -> None:
+    if observer.listening():
+        convolutions, norms = (list(modules) for modules in zip(*pairs, strict=True))
+        pattern = f"{op.__name__}, {activation['activation']}"
+        call = observer.BlockCall(norms, convolutions, pattern, 1)
+        observer.tell(call, _dispatch.choose("batch_norm", x), x)
 
 
 def _layer(conv: Any, norm: Any) -> ConvNorm:

@@ -19,6 +19,7 @@ from ..reference.conv_norm import ConvNorm
 from ..reference.dense_block import DenseLayer, NormConv
 from . import convolution as phases
 from . import residual_block_passes as block
+from .activation_source import StandIn
 from .batch_norm import batch_norm, check_input, check_number, check_tensor
 from .batch_norm import check_arguments as check_norm
 from .conv_bn_act import wants_gradient
@@ -33,27 +34,10 @@ from .dense_block_passes import (
     evaluate,
     forward,
 )
-from .residual_block_arguments import check_convolution
+from .residual_block_arguments import check_convolution, joined, side_by_side
 
 OP = "dense_block"
 _CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class _StandIn(torch.autograd.Function):
-    """Zeros of the size of x, at x's place in the graph and without its memory.
-
-    The buffer has the values of x, so that x itself need not be kept. For a second derivative its
-    place in the graph is needed too.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        return x.new_zeros(()).expand(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
-        return grad
 
 
 class DenseBlockFunction(torch.autograd.Function):
@@ -102,33 +86,6 @@ def _consumers(layers: Sequence[DenseLayer], transition: NormConv | None) -> lis
     """The norms that read channels of the block."""
     consumers = [layer.conv1 for layer in layers]
     return consumers if transition is None else [*consumers, transition]
-
-
-def _joined(input: object) -> Tensor:
-    """The input, of several tensors side by side along the channels one.
-
-    Raises:
-        TypeError, RuntimeError: no tensor, or tensors that do not fit together.
-    """
-    if not isinstance(input, list | tuple) or len(input) == 0:
-        check_tensor(OP, "input", input)
-        assert isinstance(input, Tensor)
-        return input
-    for i, t in enumerate(input):
-        check_tensor(OP, f"input[{i}]", t)
-    first = input[0]
-    for i, t in enumerate(input):
-        if t.dim() != 4 or (t.size(0), t.shape[2:]) != (first.size(0), first.shape[2:]):
-            raise RuntimeError(
-                f"{OP}: input[{i}] should be of size (N, C, H, W) with the batch and image size of "
-                f"input[0], {list(first.shape)}, but got size {list(t.shape)}"
-            )
-        if (t.dtype, t.device) != (first.dtype, first.device):
-            raise RuntimeError(
-                f"{OP}: input[{i}] should be {first.dtype} on {first.device} as input[0], but got "
-                f"{t.dtype} on {t.device}"
-            )
-    return first if len(input) == 1 else torch.cat(input, 1)
 
 
 def _check_types(layers: Sequence[object], transition: object, drop_rate: object) -> None:
@@ -274,7 +231,7 @@ def dense_block(
         narrow: what :func:`resops.ops.dense_block_passes.evaluate` takes, for layers of modules.
     """
     layers = list(layers)
-    x = _joined(input)
+    x = joined(side_by_side(OP, input))
     _check_types(layers, transition, drop_rate)
     if traced_to_aten():
         return reference.dense_block(x, layers, transition, drop_rate)
@@ -300,7 +257,7 @@ def dense_block(
     if wants_gradient(x, *tensors):
         # A compiled backward pass has no second derivative.
         twice = x.requires_grad and not torch.compiler.is_compiling()
-        stand_in = _StandIn.apply(x) if twice else None
+        stand_in = StandIn.apply(x) if twice else None
         y: Tensor = DenseBlockFunction.apply(call, x, stand_in, *tensors)
         return y
     if drop_rate == 0 and not any(part.training for part in parts):
@@ -314,6 +271,12 @@ def transition(x: Tensor, norm_conv: NormConv) -> Tensor:
 
 
 # Fake kernels: sizes, dtypes and strides of what the compiled ops return, after the same checks.
+
+
+def _new_channels_last(size: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.empty(
+        size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
 
 
 def _check_consumer(
@@ -396,6 +359,53 @@ def _fake_accumulate(
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
+def _check_narrow(buffer: Tensor, channels: int, conv_weight: Tensor) -> None:
+    if not buffer.dtype == conv_weight.dtype == torch.float32:
+        raise RuntimeError(
+            f"dense_block_narrow expects float32, but got {buffer.dtype} and {conv_weight.dtype}"
+        )
+    size = tuple(conv_weight.shape)
+    if len(size) != 4 or size[0] % 16 or min(size) < 1 or size[1:] != (channels, 1, 1):
+        raise RuntimeError(
+            f"conv_weight should be of size (16 n, {channels}, 1, 1), but got size {list(size)}"
+        )
+
+
+def _fake_narrow_forward(
+    buffer: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    conv_weight: Tensor,
+) -> Tensor:
+    _check_consumer(buffer, weight, bias, mean, invstd)
+    _check_narrow(buffer, mean.numel(), conv_weight)
+    return _new_channels_last((buffer.size(0), conv_weight.size(0), *buffer.shape[2:]), buffer)
+
+
+def _fake_narrow_backward(
+    grad_c: Tensor,
+    conv_weight: Tensor,
+    buffer: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    grad_sum: Tensor,
+    training: bool,
+    first: bool,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_consumer(buffer, weight, bias, mean, invstd)
+    _check_narrow(buffer, mean.numel(), conv_weight)
+    _check_images("grad_c", grad_c, buffer, conv_weight.size(0))
+    _check_images("grad_sum", grad_sum, buffer, mean.numel(), (mean.dtype,))
+    size = tuple(conv_weight.shape)
+    grad_weight = _new_channels_last(size, buffer) if of_weight else grad_c.new_empty(0)
+    return torch.empty_like(mean), torch.empty_like(mean), grad_weight
+
+
 def _fake_gradient(
     grad_y: Tensor | None,
     buffer: Tensor,
@@ -429,10 +439,7 @@ def _fake_gradient(
             "or not at all"
         )
     _check_vectors(buffer, end - begin, **given)
-    size = (buffer.size(0), end - begin, *buffer.shape[2:])
-    return torch.empty(
-        size, dtype=buffer.dtype, device=buffer.device, memory_format=torch.channels_last
-    )
+    return _new_channels_last((buffer.size(0), end - begin, *buffer.shape[2:]), buffer)
 
 
 def _fake_update_running(
@@ -480,3 +487,7 @@ for _phase, (_fake, _writes) in _FAKES.items():
     if _native.module is not None:
         torch.library.register_fake(f"resops::{OP}_{_phase}", _fake)
     _triton.register(OP, _phase, getattr(reference, f"{OP}_{_phase}"), _fake, _writes)
+# The native backend's alone.
+if _native.module is not None:
+    torch.library.register_fake("resops::dense_block_narrow_forward", _fake_narrow_forward)
+    torch.library.register_fake("resops::dense_block_narrow_backward", _fake_narrow_backward)

@@ -1,15 +1,49 @@
-"""What ``bottleneck`` and ``basic_block`` refuse, before any running statistic is updated."""
+"""What ``bottleneck``, ``basic_block`` and ``double_conv`` refuse, before any running statistic is
+updated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..reference.conv_norm import ConvNorm
 from .batch_norm import check_activation, check_input, check_tensor
 from .batch_norm import check_arguments as check_norm
 from .conv_bn_act_phases import paddings_of, size_tuple
+
+
+def side_by_side(op: str, input: object) -> list[Tensor]:
+    """The tensors, side by side along the channels, of which the input is made; usually one.
+
+    Raises:
+        TypeError, RuntimeError: no tensor, or tensors that do not fit together.
+    """
+    if not isinstance(input, list | tuple) or len(input) == 0:
+        check_tensor(op, "input", input)
+        assert isinstance(input, Tensor)
+        return [input]
+    for i, t in enumerate(input):
+        check_tensor(op, f"input[{i}]", t)
+    first = input[0]
+    for i, t in enumerate(input):
+        if t.dim() < 3 or (t.size(0), t.shape[2:]) != (first.size(0), first.shape[2:]):
+            raise RuntimeError(
+                f"{op}: input[{i}] should be of size (N, C, *spatial) with the batch and image "
+                f"size of input[0], {list(first.shape)}, but got size {list(t.shape)}"
+            )
+        if (t.dtype, t.device) != (first.dtype, first.device):
+            raise RuntimeError(
+                f"{op}: input[{i}] should be {first.dtype} on {first.device} as input[0], but got "
+                f"{t.dtype} on {t.device}"
+            )
+    return list(input)
+
+
+def joined(slices: Sequence[Tensor]) -> Tensor:
+    """Tensors side by side as one."""
+    return slices[0] if len(slices) == 1 else torch.cat(list(slices), 1)
 
 
 def check_layers(op: str, chain: Sequence[object], shortcut: object) -> None:
@@ -27,30 +61,38 @@ def check_layers(op: str, chain: Sequence[object], shortcut: object) -> None:
 
 
 def check_arguments(
-    op: str, x: Tensor, layers: Sequence[ConvNorm], chain: int, activation: str
+    op: str,
+    slices: Sequence[Tensor],
+    layers: Sequence[ConvNorm],
+    chain: int,
+    activation: str,
+    residual: bool,
 ) -> None:
     """Raise for any argument that does not fit, in the wording of the op that would find it.
 
     Args:
-        x, layers: as the convolutions get them, autocast applied.
+        slices, layers: as the convolutions get them, autocast applied.
         chain: how many of the layers are the branch; one that is left is the shortcut.
+        residual: whether there is a shortcut.
     """
     check_activation(activation)
+    x = slices[0]
     check_input(op, x)
     if not 3 <= x.dim() <= 5:
         raise ValueError(
             f"{op} expects an input of size (N, C, *spatial) with 1 to 3 spatial dimensions, but "
             f"got size {list(x.shape)}"
         )
-    size = joined = tuple(x.shape)
+    channels = sum(t.size(1) for t in slices)
+    size = shortcut = (x.size(0), channels, *x.shape[2:])
     for number, layer in enumerate(layers[:chain], 1):
         size = _check_layer(f"{op}, conv{number}", size, x, layer)
     for layer in layers[chain:]:
-        joined = _check_layer(f"{op}, shortcut", joined, x, layer)
-    if joined != size:
+        shortcut = _check_layer(f"{op}, shortcut", shortcut, x, layer)
+    if residual and shortcut != size:
         raise RuntimeError(
             f"{op}: the shortcut should have the size {list(size)} of the branch, but has "
-            f"{list(joined)}"
+            f"{list(shortcut)}"
         )
 
 

@@ -1,9 +1,9 @@
-"""The two passes over a residual block, and what is kept between them.
+"""The two passes over a block of convolutions, and what is kept between them.
 
-A block is a chain of convolutions, each followed by a batch norm and an activation, and a join
-with its shortcut. Kept are the raw outputs of the convolutions, the statistics and one bit per
-element of the join. The normalised activations between the convolutions are computed again in the
-backward pass, on load by a convolution with a prologue, else into a workspace
+A block is a chain of convolutions, each followed by a batch norm and an activation, and, if it is
+residual, a join with its shortcut. Kept are the raw outputs of the convolutions, the statistics and
+one bit per element of the join. The normalised activations between the convolutions are computed
+again in the backward pass, on load by a convolution with a prologue, else into a workspace
 (docs/math/bottleneck.md).
 """
 
@@ -51,6 +51,11 @@ class Call(NamedTuple):
     # of each layer, the shortcut last: training, momentum, eps, geometry
     settings: tuple[tuple[Any, ...], ...]
     projection: bool  # the shortcut is a convolution, not the identity
+    residual: bool = True  # there is a shortcut
+
+    def act(self) -> tuple[str, float]:
+        """The activation and its slope."""
+        return self.activation, self.negative_slope
 
     def layers(self, tensors: Sequence[Any]) -> tuple[list[Layer], Layer | None]:
         """The chain and the shortcut, of the flat tensors of all layers."""
@@ -147,12 +152,16 @@ def as_input(layer: Layer, found: Normalised, call: Call, value: Tensor | None =
 
 
 def forward(
-    call: Call, x: Tensor, tensors: Sequence[Any]
+    call: Call, slices: Sequence[Tensor], tensors: Sequence[Any]
 ) -> tuple[Tensor, Tensor, list[Normalised]]:
-    """y, the mask of the join, and what was found at each layer, the shortcut's last."""
+    """y, the mask of the join, and what was found at each layer, the shortcut's last.
+
+    Args:
+        slices: x, or several tensors that are x side by side along the channels.
+    """
     chain, shortcut = call.layers(tensors)
     results = []
-    input = Input(x)
+    input = block_input = Input(slices)
     for layer, following in itertools.pairwise(chain):
         c, known = convolve(input, layer, call, layer.training)
         if is_normalised_on_load(c, following, call):
@@ -161,9 +170,9 @@ def forward(
             found, value, _ = normalise(layer, c, known, None, call.activation, call)
         results.append(found)
         input = as_input(layer, found, call, value)
-    residual, projected = x, None
+    residual, projected = block_input.x if call.residual else None, None
     if shortcut is not None:
-        c, known = convolve(Input(x), shortcut, call, shortcut.training)
+        c, known = convolve(block_input, shortcut, call, shortcut.training)
         projected, residual, _ = normalise(shortcut, c, known, None, "identity", call)
     c, known = convolve(input, chain[-1], call, chain[-1].training)
     joined, y, mask = normalise(chain[-1], c, known, residual, call.activation, call)
@@ -211,20 +220,20 @@ class Gradients:
     def __init__(
         self,
         call: Call,
-        x: Tensor,
+        slices: Sequence[Tensor],
         tensors: Sequence[Any],
         found: list[Normalised],
         needs: Sequence[bool],
     ) -> None:
-        """``needs`` is for ``x`` and then for each of ``tensors``."""
-        self.call, self.x, self.found = call, x, found
+        """``needs`` is for x, all ``slices`` of it, and then for each of ``tensors``."""
+        self.call, self.input, self.found = call, Input(slices), found
         self.chain, self.shortcut = call.layers(tensors)
         self.ops = phases.NAMESPACES[call.backend]
         self.needs_x, self.needs = needs[0], needs[1:]
         self.grad_x: Tensor | None = None
         self.grads: list[Tensor | None] = [None] * len(tensors)
         pairs = zip(self.chain[:-1], found, strict=False)
-        self.inputs = [Input(x), *(as_input(layer, result, call) for layer, result in pairs)]
+        self.inputs = [self.input, *(as_input(layer, result, call) for layer, result in pairs)]
 
     def _needed(self, layer: int) -> tuple[bool, bool, bool, bool]:
         """Whether conv_weight, conv_bias, weight and bias of a layer have a gradient."""
@@ -305,10 +314,10 @@ class Gradients:
 
     def _residual(self) -> Tensor | None:
         """The shortcut's output, where the activation's derivative depends on it."""
-        if self.call.activation not in SMOOTH_ACTIVATIONS:
+        if not self.call.residual or self.call.activation not in SMOOTH_ACTIVATIONS:
             return None
         if self.shortcut is None:
-            return self.x
+            return self.input.x
         layer, found = self.shortcut, self.found[-1]
         norm = Norm(layer.weight, layer.bias, found.mean, found.invstd, "identity", 0.0)
         return Input(found.c, norm).value(self.call.backend)
@@ -318,9 +327,11 @@ class Gradients:
         last = len(self.chain) - 1
         self._computed_again(last, self.chain[last], self.inputs[last])
         if self.shortcut is not None:
-            self._computed_again(last + 1, self.shortcut, Input(self.x))
+            self._computed_again(last + 1, self.shortcut, self.input)
         activation = self.call.activation
-        through_shortcut = self.needs_x or any(self.needs[(last + 1) * LAYER_TENSORS :])
+        through_shortcut = self.call.residual and (
+            self.needs_x or any(self.needs[(last + 1) * LAYER_TENSORS :])
+        )
         # Without an activation the residual's gradient is grad_y: no kernel writes a copy.
         copied = through_shortcut and activation != "identity"
         wanted = (self._wants_conv(last), copied)
@@ -355,7 +366,7 @@ class Gradients:
         """Gradient of x through the shortcut, if needed."""
         if self.shortcut is None:
             return grad_residual
-        index, layer, input = len(self.chain), self.shortcut, Input(self.x)
+        index, layer, input = len(self.chain), self.shortcut, self.input
         wants_conv = self.needs_x or any(self._needed(index)[:2])
         grad_c, _ = self._norm(index, grad_residual, None, None, "identity", (wants_conv, False))
         if wants_conv:
@@ -382,20 +393,22 @@ def differentiable_norm(
 
 def backward_formulas(
     call: Call,
-    x: Tensor,
+    slices: Sequence[Tensor],
     tensors: Sequence[Any],
     found: list[Normalised],
     needs: Sequence[bool],
     grad_y: Tensor,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of x and of all tensors, in operations that autograd can follow.
+) -> list[Tensor | None]:
+    """Gradients of all slices of x and of all tensors, in operations that autograd can follow.
+
+    ``needs`` is for each of these.
 
     The block is computed again from views of its inputs: so one of them may depend on another.
     """
     with torch.enable_grad():
-        inputs = [x, *tensors]
+        inputs = [*slices, *tensors]
         views = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
-        chain, shortcut = call.layers(views[1:])
+        chain, shortcut = call.layers(views[len(slices) :])
         act = (call.activation, call.negative_slope)
 
         def normalised(
@@ -404,7 +417,8 @@ def backward_formulas(
             c = convolution(t, layer.conv_weight, layer.conv_bias, *layer.geometry)
             return differentiable_norm(c, layer, result, residual, *act)
 
-        y = residual = views[0]
+        y = views[0] if len(slices) == 1 else torch.cat(views[: len(slices)], 1)
+        residual = y if call.residual else None
         if shortcut is not None:
             residual = normalised(shortcut, y, found[-1], None, "identity", 0.0)
         for layer, result in zip(chain[:-1], found, strict=False):
@@ -412,5 +426,4 @@ def backward_formulas(
         y = normalised(chain[-1], y, found[len(chain) - 1], residual, *act)
         wanted = [view for view, need in zip(views, needs, strict=True) if need]
         grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
-    grad_x, *rest = [next(grads) if need else None for need in needs]
-    return grad_x, rest
+    return [next(grads) if need else None for need in needs]

@@ -17,12 +17,14 @@ from resops.ops import convolution
 from resops.reference import basic_block as basic_block_reference
 from resops.reference import bottleneck as bottleneck_reference
 from resops.reference import conv_bn_act as phases
+from resops.reference import double_conv as double_conv_reference
 from tests.accuracy import UNIT_ROUNDOFF
 
 OPS: dict[str, Callable[..., Tensor]] = {"basic_block": basic_block, "bottleneck": bottleneck}
 DEFINITIONS: dict[str, Callable[..., Tensor]] = {
     "basic_block": basic_block_reference.basic_block,
     "bottleneck": bottleneck_reference.bottleneck,
+    "double_conv": double_conv_reference.double_conv,
 }
 TENSORS = 6  # of a ConvNorm
 PARAMETERS = (0, 1, 4, 5)  # conv_weight, conv_bias, weight, bias
@@ -136,12 +138,15 @@ def results(f: Callable[..., Tensor], args: Sequence[Any], *rest: Any, **kwargs:
     return found
 
 
-def assert_near_to_float64(op: str, args: Sequence[Any], mine: dict[str, Tensor]) -> None:
+def assert_near_to_float64(
+    op: str, args: Sequence[Any], mine: dict[str, Tensor], more: float = 0.0
+) -> None:
     """What a call with ``args`` and silu gave is as near to the definition in float64 as what
     PyTorch's ops give: three times their distance, and some roundings per layer.
 
     Args:
         args: as they were before the call, which updates the running statistics.
+        more: what Winograd's algorithm may add, by the announced bound of the precision "high".
     """
     exact = results(DEFINITIONS[op], fresh(args, torch.float64), "silu", 0.01)
     torchs = results(DEFINITIONS[op], fresh(args), "silu", 0.01)
@@ -150,7 +155,7 @@ def assert_near_to_float64(op: str, args: Sequence[Any], mine: dict[str, Tensor]
     for name, truth in exact.items():
         norm = truth.norm()
         error, yardstick = (float((r[name].double() - truth).norm() / norm) for r in (mine, torchs))
-        assert error <= 3 * yardstick + floor, (name, error, yardstick)
+        assert error <= 3 * yardstick + floor + more, (name, error, yardstick)
 
 
 @contextlib.contextmanager
