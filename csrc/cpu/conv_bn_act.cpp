@@ -211,6 +211,9 @@ bool is_own_kernel(ConvAlgorithm algorithm) {
   return algorithm == ConvAlgorithm::winograd || algorithm == ConvAlgorithm::pointwise;
 }
 
+// No phase is differentiable, whatever its inputs require: the library's convolutions inside are
+// called below autograd.
+
 // y is `out` where that is given and a kernel can write to it.
 std::tuple<Tensor, Tensor, Tensor> forward(
     at::TensorList inputs, const OptionalTensor& scale, const OptionalTensor& shift,
@@ -280,6 +283,7 @@ std::tuple<Tensor, Tensor> conv_bn_act_forward_into(
     const OptionalTensor& conv_bias, const OptionalTensor& residual, std::string_view activation,
     double negative_slope, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, bool statistics, const Tensor& out) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
   auto [y, mean, var] =
       forward(inputs, scale, shift, prologue, prologue_slope, conv_weight, conv_bias, residual,
               activation, negative_slope, stride, padding, dilation, statistics, &out);
