@@ -211,9 +211,6 @@ bool is_own_kernel(ConvAlgorithm algorithm) {
   return algorithm == ConvAlgorithm::winograd || algorithm == ConvAlgorithm::pointwise;
 }
 
-// No phase is differentiable, whatever its inputs require: the library's convolutions inside are
-// called below autograd.
-
 // y is `out` where that is given and a kernel can write to it.
 std::tuple<Tensor, Tensor, Tensor> forward(
     at::TensorList inputs, const OptionalTensor& scale, const OptionalTensor& shift,
