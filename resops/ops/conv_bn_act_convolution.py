@@ -240,24 +240,6 @@ def convolution_path(
     return path_of(x, x.size(1), weight, native, direction)
 
 
-def native_path(
-    direction: str,
-    x: Tensor,
-    weight: Tensor,
-    stride: Size,
-    padding: Size | str,
-    dilation: Size,
-    groups: int,
-) -> str | None:
-    """The algorithm of a phase; None where the native convolution does not take the call.
-
-    ``x`` may be the first of several slices: the weight, which was checked, has their channels.
-    """
-    channels = weight.size(1)
-    native = native_geometry(x, weight, None, stride, padding, dilation, groups, channels)
-    return None if isinstance(native, str) else path_of(x, channels, weight, native, direction)[0]
-
-
 def path_of(
     x: Tensor, channels: int, weight: Tensor, geometry: Geometry, direction: str
 ) -> tuple[str, str]:

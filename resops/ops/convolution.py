@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import _dispatch
 from ..reference.conv_bn_act import convolution
 from . import convolution_table
-from .conv_bn_act_convolution import native_path
+from .conv_bn_act_convolution import native_geometry, path_of
 
 LIBRARY, PLAIN, FUSED = "library", "plain", "fused"
 _CHOICES = ("auto", LIBRARY, FUSED)
@@ -202,11 +202,16 @@ def _choose_on_cpu(phase: str, backend: str, x: Tensor, weight: Tensor, geometry
     stride, padding, dilation, groups = geometry
     if backend != "native":
         return LIBRARY
-    algorithm = native_path(phase, x, weight, stride, padding, dilation, groups)
-    if algorithm is None:
+    # x may be the first of several slices: the weight, which was checked, has their channels.
+    taken = native_geometry(x, weight, None, stride, padding, dilation, groups, weight.size(1))
+    if isinstance(taken, str):
         return LIBRARY
-    fused = algorithm == "pointwise" or tuple(weight.shape[2:]) == (3, 3)
-    return FUSED if fused else PLAIN
+    if tuple(weight.shape[2:]) == (3, 3):
+        return FUSED
+    if torch.compiler.is_compiling():  # which cannot ask the compiled module
+        return PLAIN
+    algorithm, _ = path_of(x, weight.size(1), weight, taken, phase)
+    return FUSED if algorithm == "pointwise" else PLAIN
 
 
 def forward(
