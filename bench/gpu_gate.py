@@ -158,6 +158,10 @@ def compile_triton(gpu: Gpu) -> list[list[str]]:
     return [python("-m", "bench.compile_triton", gpu.capability.replace(".", ""))]
 
 
+# Before everything that launches such kernels: a job may come to a machine of its own.
+TRITON = Stage("triton", "compile Triton kernels in a process pool", 300, compile_triton)
+
+
 def time_ops(layout: str) -> Callable[[Gpu], list[list[str]]]:
     """Rows of their own, appended as they are found: a second run goes on where the first ended."""
     rows = ("--output", str(BUILD / "batch_norm_times.jsonl"))
@@ -186,7 +190,8 @@ def bench(*arguments: str) -> Callable[[Gpu], list[list[str]]]:
 
 
 def convolutions(*more: str) -> tuple[Stage, ...]:
-    """A stage per network, batch size and phase; each goes on where it was stopped."""
+    """The kernels, then a stage per network, batch size and phase; each goes on where it was
+    stopped."""
 
     def stage(network: str, batch: int, phase: str) -> Stage:
         which = ("--network", network, "--batch", str(batch), "--phase", phase)
@@ -195,10 +200,8 @@ def convolutions(*more: str) -> tuple[Stage, ...]:
         what = f"{phase} of every convolution of {network} at batch {batch}, against cuDNN"
         return Stage(f"{network} {batch} {phase}", what, 500, lambda gpu: [command])
 
-    return tuple(
-        stage(*which)
-        for which in itertools.product(NETWORKS, gpu_convolutions.BATCHES, gpu_convolutions.PHASES)
-    )
+    which = itertools.product(NETWORKS, gpu_convolutions.BATCHES, gpu_convolutions.PHASES)
+    return (TRITON, *(stage(*names) for names in which))
 
 
 _BLOCKING = {"CUDA_LAUNCH_BLOCKING": "1"}  # the programs read results right after a launch
@@ -206,7 +209,7 @@ _NATIVE = {"RESOPS_BACKEND": "native"}  # on a GPU ``auto`` does not take these 
 JOBS: dict[str, tuple[Stage, ...]] = {
     "prove": (
         Stage("build", "the extension, for this GPU", 300, build_extension, {"RESOPS_CUDA": "1"}),
-        Stage("triton", "compile Triton kernels in a process pool", 300, compile_triton),
+        TRITON,
         Stage("programs", "compile torch-free programs that run every kernel", 300, build_programs),
         Stage("kernels", "every kernel against float64, rule R", 300, run_programs, _BLOCKING),
         *(
@@ -247,6 +250,7 @@ JOBS: dict[str, tuple[Stage, ...]] = {
         ),
     ),
     "models": (
+        TRITON,
         *(
             Stage(
                 f"batch {batch}",

@@ -63,6 +63,26 @@ def test_with_cuda_the_native_kernels_take_what_they_can(
     assert reason == f"the native {op} does not take torch.float64 on cuda"
 
 
+def in_setup(expression: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The value of an expression over setup.py's functions, as JSON in the last line of the output.
+
+    Nothing is built, and programs are found nowhere unless PATH is among the variables.
+    """
+    program = (
+        "import json, sys; sys.argv = ['setup.py', '--quiet', '--name']; import setup; "
+        f"print(json.dumps({expression}))"
+    )
+    defaults = {"TORCH_CUDA_ARCH_LIST": "", "PATH": "/nonexistent", "RESOPS_NATIVE": "0"}
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "RESOPS_CUDA": "", "FORCE_CUDA": "", **defaults, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize(
     ("listed", "found"),
     [
@@ -73,23 +93,31 @@ def test_with_cuda_the_native_kernels_take_what_they_can(
     ],
 )
 def test_architectures_of_a_build(listed: str, found: list[str]) -> None:
-    program = (
-        "import json, sys; sys.argv = ['setup.py', '--quiet', '--name']; import setup; "
-        "print(json.dumps(setup.cuda_architectures()))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        # No nvidia-smi is found: a machine without a GPU. No compiler is either, or asked for.
-        env={
-            **os.environ,
-            "TORCH_CUDA_ARCH_LIST": listed,
-            "PATH": "/nonexistent",
-            "RESOPS_NATIVE": "0",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """On a machine without a GPU."""
+    done = in_setup("setup.cuda_architectures()", TORCH_CUDA_ARCH_LIST=listed)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == found
+
+
+def test_architectures_are_those_of_the_gpus(tmp_path: Path) -> None:
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nprintf '9.0\\n8.6\\n9.0\\n'\n")
+    driver.chmod(0o755)
+    done = in_setup("setup.cuda_architectures()", PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["86-real", "90-real"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "note"), [("", "no nvcc found"), ("0", "switched off (RESOPS_CUDA=0)"), ("1", None)]
+)
+def test_a_build_without_nvcc_says_so(wanted: str, note: str | None) -> None:
+    """And stops only where CUDA was asked for."""
+    options = "setattr(setup, 'find_nvcc', lambda: None) or setup.cuda_options()"
+    done = in_setup(options, RESOPS_CUDA=wanted)
+    if note is None:
+        assert done.returncode != 0 and "RESOPS_CUDA=1, but there is no nvcc" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        definitions, said = json.loads(done.stdout.splitlines()[-1])
+        assert said == note and "-DRESOPS_NVCC=" in definitions

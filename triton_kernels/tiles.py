@@ -86,11 +86,11 @@ class ShapeClass:
 Table = Mapping[tuple[int, int, str], Tile]  # (90 for sm_90, bits, class) -> tile
 
 
-# Of sm_90, bits -> class -> a tile for every one of COLUMNS. ptxas makes other tiles wait for every
-# product (messages C7510 to C7519) or spill: so a narrow result may take a wide tile. fp32 is for
-# TF32; what is not named takes the heuristic's.
-_WGMMA = {
-    16: {
+# (architecture, bits) -> class -> a tile for every one of COLUMNS. Of sm_90: ptxas makes other
+# tiles wait for every product (messages C7510 to C7519) or spill, so a narrow result may take a
+# wide tile. fp32 is for TF32; what is not named takes the heuristic's, which on sm_80 spills here.
+_TILES = {
+    (90, 16): {
         "forward 1x1 plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
         "forward kxk plain": "128x16x64x4x3 128x32x64x4x3 128x64x64x4x3 128x128x64x8x3",
         "forward 1x1 prologue": "128x32x32x4x3 128x32x32x4x3 128x64x128x8x2 128x128x64x8x3",
@@ -104,7 +104,7 @@ _WGMMA = {
         "backward_weight 1x1 prologue": "128x16x64x4x3 128x32x64x4x3 128x64x64x8x3 128x128x64x8x3",
         "backward_weight kxk prologue": "128x16x64x4x3 128x32x64x4x3 128x64x64x8x3 128x128x64x8x3",
     },
-    32: {
+    (90, 32): {
         "forward 1x1 prologue": "128x64x32x8x2 128x64x32x8x2 128x64x32x8x2 128x64x32x8x2",
         "forward kxk prologue": "128x64x32x8x2 128x64x32x8x2 128x64x32x8x2 128x64x32x8x2",
         "forward kxk plain": "128x16x32x8x2 128x64x32x8x2 128x64x32x8x2 128x64x32x8x2",
@@ -112,14 +112,18 @@ _WGMMA = {
         "backward_data kxk plain": "128x16x32x8x2 128x64x32x8x2 128x64x32x8x2 128x64x32x8x2",
         "backward_data kxk prologue": "128x16x32x8x2 128x64x32x8x2 128x64x32x8x2 128x64x32x8x2",
     },
+    (80, 32): {
+        "forward 1x1 plain": "128x16x32x8x2 128x32x32x8x3 128x64x32x8x2 128x64x32x8x2",
+        "forward kxk plain": "128x16x32x8x2 128x32x32x8x3 128x64x32x8x2 128x64x32x8x2",
+    },
 }
 
 
 def _built_in() -> Table:
     """Tiles of which the compiler makes good code; none has been timed on a GPU yet."""
     return {
-        (90, bits, f"{name} {columns}"): Tile(*map(int, text.split("x")))
-        for bits, classes in _WGMMA.items()
+        (capability, bits, f"{name} {columns}"): Tile(*map(int, text.split("x")))
+        for (capability, bits), classes in _TILES.items()
         for name, texts in classes.items()
         for columns, text in zip(COLUMNS, texts.split(), strict=True)
     }
@@ -136,8 +140,10 @@ def heuristic(dtype: torch.dtype, shape: ShapeClass) -> Tile:
 
 
 def without_tensor_cores(shape: ShapeClass) -> Tile:
-    """A tile for products in float32: their operands are in registers, of which 32 deep spill."""
-    return Tile(128, min(shape.columns, 64), 16, 8, 3)
+    """A tile for products in float32: their operands are in registers, of which 32 deep spill. So
+    they do in the widest gradient of a weight with 8 warps, to each of which ptxas leaves 80."""
+    wide_gradient = shape.phase == "backward_weight" and shape.columns >= 64
+    return Tile(128, min(shape.columns, 64), 16, 4 if wide_gradient else 8, 3)
 
 
 def capability_of(device: torch.device) -> int:

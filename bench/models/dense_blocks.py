@@ -1,8 +1,9 @@
 """Dense blocks as they are, as one op, and layer by layer fused: from how many pixels on it pays.
 
-``python -m bench.models.dense_blocks`` prints the table from which resops/fusion/measured.py has
-its numbers: timm's DenseBlock of 8 layers from 128 channels, channels-last, fp32, four images of
-growing size; the median of alternating rounds, with its 20th and 80th percentile.
+``python -m bench.models.dense_blocks`` prints the tables from which resops/fusion/measured.py has
+its numbers: timm's DenseBlock of 8 layers from 128 channels, and its DenseTransition of as many,
+channels-last, fp32, four images of growing size; the median of alternating rounds, with its 20th
+and 80th percentile.
 """
 
 from __future__ import annotations
@@ -45,6 +46,16 @@ def create() -> dict[str, nn.Module]:
     }
 
 
+def create_transition() -> dict[str, nn.Module]:
+    """As it is and as one op, with the same weights."""
+    timm()
+    from timm.models.densenet import DenseTransition
+
+    torch.manual_seed(0)
+    stock = channels_last(DenseTransition(CHANNELS, CHANNELS // 2), torch.device("cpu"))
+    return {EAGER: stock, BLOCK: resops.fuse(copy.deepcopy(stock))}
+
+
 def calls(models: dict[str, nn.Module], x: Tensor, training: bool) -> dict[str, Callable[[], Any]]:
     """A training step, or inference, of each."""
 
@@ -75,8 +86,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of a cell")
     options = parser.parse_args()
     measured.DENSE_BLOCK = measured.DENSE_LAYER = measured.LeastPixels(0, 0)
-    models = create()
-    print(f"{'pixels':>6}  {'':9}  {'eager':>9}  eager / {BLOCK:17}  eager / {BY_LAYER}")
+    measured.TRANSITION = measured.LeastPixels(0, 0)
+    print_table(f"block of {LAYERS} layers", create(), options)
+    print_table("transition", create_transition(), options)
+
+
+def print_table(title: str, models: dict[str, nn.Module], options: argparse.Namespace) -> None:
+    """A row of every size and direction."""
+    others = [name for name in models if name != EAGER]
+    heads = "  ".join(f"eager / {name}".ljust(25) for name in others)
+    print(title)
+    print(f"{'pixels':>6}  {'':9}  {'eager':>9}  {heads}".rstrip())
     for size in SIZES:
         x = torch.randn(IMAGES, CHANNELS, size, size).contiguous(memory_format=torch.channels_last)
         for training in (True, False):
@@ -94,7 +114,7 @@ def main() -> None:
                     warmup=1,
                 )
             cells = []
-            for name in (BLOCK, BY_LAYER):
+            for name in others:
                 ratio = found.ratio(EAGER, name)
                 cells.append(f"{ratio.median:.2f} [{ratio.p20:.2f}, {ratio.p80:.2f}]".ljust(25))
             eager = found.milliseconds(EAGER).median

@@ -4,6 +4,7 @@
 
 #include "../conv_bn_act.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/cat.h>
@@ -202,12 +203,16 @@ Tensor library_backward(const Tensor& grad_y, const Tensor& x, const Tensor& wei
 
 // ---- the phases ---------------------------------------------------------------------------
 
+// No phase is differentiable, whatever its inputs require: the library's convolutions inside are
+// called below autograd.
+
 std::tuple<Tensor, Tensor, Tensor> conv_bn_act_forward(
     at::TensorList inputs, const OptionalTensor& scale, const OptionalTensor& shift,
     std::string_view prologue, double prologue_slope, const Tensor& conv_weight,
     const OptionalTensor& conv_bias, const OptionalTensor& residual, std::string_view activation,
     double negative_slope, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, bool statistics) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Activation before = parse_activation(prologue), act = parse_activation(activation);
   const ConvGeometry geometry{stride, padding, dilation};
   const auto size = check_conv_bn_act_forward(inputs, {scale, shift, before}, conv_weight,
@@ -255,6 +260,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_bn_act_backward_data(
     std::string_view prologue, double prologue_slope, const OptionalTensor& mean,
     const OptionalTensor& invstd, const OptionalTensor& addend, at::IntArrayRef stride,
     at::IntArrayRef padding, at::IntArrayRef dilation) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Activation before = parse_activation(prologue);
   const ConvGeometry geometry{stride, padding, dilation};
   check_conv_bn_act_backward_data(grad_y, conv_weight, input_size, x, {scale, shift, before}, mean,
@@ -310,6 +316,7 @@ Tensor conv_bn_act_backward_weight(const Tensor& grad_y, at::TensorList inputs,
                                    std::string_view prologue, double prologue_slope,
                                    at::IntArrayRef weight_size, at::IntArrayRef stride,
                                    at::IntArrayRef padding, at::IntArrayRef dilation) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Activation before = parse_activation(prologue);
   const ConvGeometry geometry{stride, padding, dilation};
   check_conv_bn_act_backward_weight(grad_y, inputs, {scale, shift, before}, weight_size, geometry);

@@ -6,6 +6,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -17,7 +18,9 @@
 #include "../common/tensor_checks.h"
 #include "batch_norm.h"
 #include "dense_block_kernels.h"
+#include "dense_block_narrow_kernels.h"
 #include "driver.h"
+#include "scratch.h"
 
 namespace resops {
 namespace {
@@ -108,6 +111,24 @@ void dense_block_apply(const Tensor& buffer, const OptionalTensor& weight,
   out.finish();
 }
 
+// sum(g) and sum(g * xhat) from the sums of all pieces, which are of g and of g * (x - mean).
+std::tuple<Tensor, Tensor> merged_sums(const std::vector<double>& sums,
+                                       const std::vector<double>& products, const Norm& norm,
+                                       const Tensor& mean) {
+  const size_t channels = norm.inverse.size();
+  std::vector<double> sum(channels), product(channels);
+  for (size_t i = 0; i < sums.size(); ++i) {
+    const size_t c = i % channels;
+    sum[c] += sums[i];
+    product[c] += products[i] * norm.inverse[c];
+  }
+  Tensor sum_grad = at::empty({mean.numel()}, mean.options());
+  Tensor sum_grad_xhat = at::empty({mean.numel()}, mean.options());
+  write_vector(sum_grad, sum);
+  write_vector(sum_grad_xhat, product);
+  return {sum_grad, sum_grad_xhat};
+}
+
 std::tuple<Tensor, Tensor> dense_block_accumulate(const Tensor& grad_y, const Tensor& buffer,
                                                   const OptionalTensor& weight,
                                                   const OptionalTensor& bias, const Tensor& mean,
@@ -117,9 +138,9 @@ std::tuple<Tensor, Tensor> dense_block_accumulate(const Tensor& grad_y, const Te
   const int64_t channels = mean.numel();
   check_dense_block_slice("grad_y", grad_y, channels, buffer);
   check_dense_block_sum(grad_sum, channels, buffer);
-  std::vector<double> sum(channels), product(channels);
+  Norm norm(buffer, weight, bias, mean, invstd);
+  std::vector<double> sums, products;  // of each piece
   if (grad_y.numel() > 0) {
-    Norm norm(buffer, weight, bias, mean, invstd);
     const Tensor grad = grad_y.contiguous(kFormat);
     const DenseBlockOutput total(grad_sum);
     norm.args.grad_y = grad.const_data_ptr();
@@ -133,7 +154,8 @@ std::tuple<Tensor, Tensor> dense_block_accumulate(const Tensor& grad_y, const Te
     const int64_t most =
         std::max({kPieceElements / channels, kPieceRows, ceil_div(rows, kMaxPieces)});
     const int64_t pieces = ceil_div(rows, most), piece = ceil_div(rows, pieces);
-    std::vector<double> sums(pieces * channels), products(pieces * channels);
+    sums.resize(pieces * channels);
+    products.resize(pieces * channels);
     const DenseBlockKernels& k = kernels(norm.args);
     at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -142,18 +164,8 @@ std::tuple<Tensor, Tensor> dense_block_accumulate(const Tensor& grad_y, const Te
       }
     });
     total.finish();
-    for (int64_t i = 0; i < pieces; ++i) {
-      for (int64_t c = 0; c < channels; ++c) {
-        sum[c] += sums[i * channels + c];
-        product[c] += products[i * channels + c] * norm.inverse[c];
-      }
-    }
   }
-  Tensor sum_grad = at::empty({channels}, mean.options());
-  Tensor sum_grad_xhat = at::empty({channels}, mean.options());
-  write_vector(sum_grad, sum);
-  write_vector(sum_grad_xhat, product);
-  return {sum_grad, sum_grad_xhat};
+  return merged_sums(sums, products, norm, mean);
 }
 
 Tensor dense_block_gradient(const OptionalTensor& grad_y, const Tensor& buffer_,
@@ -228,10 +240,141 @@ void dense_block_update_running(const Tensor& mean, const Tensor& var, int64_t c
   }
 }
 
+// ---- with the 1x1 convolution that a consumer of a layer stands before -----------------------
+
+constexpr int64_t kNarrowPieceRows = 448;  // at least, where there are more
+constexpr int64_t kNarrowPieces = 16;      // each has a gradient of the weight
+constexpr int64_t kEnoughPieces = 4;       // fewer are cut into blocks of channels too
+
+const NarrowKernels& narrow() { return RESOPS_ACTIVE_KERNELS(narrow_kernels); }
+
+void check_narrow(const Tensor& buffer, const Tensor& conv_weight, int64_t channels) {
+  const auto size = conv_weight.sizes();
+  TORCH_CHECK(buffer.scalar_type() == at::kFloat && conv_weight.scalar_type() == at::kFloat,
+              "dense_block_narrow expects float32, but got ", buffer.scalar_type(), " and ",
+              conv_weight.scalar_type());
+  TORCH_CHECK(size.size() == 4 && size[1] == channels && size[2] == 1 && size[3] == 1 &&
+                  size[0] > 0 && size[0] % 16 == 0 && channels > 0,
+              "conv_weight should be of size (16 n, ", channels, ", 1, 1), but got size ", size);
+}
+
+// A weight as kernels read it; `pack` is a member of NarrowKernels.
+template <class Pack>
+const float* packed(Pack pack, const Tensor& conv_weight, const Scratch& panel) {
+  const int64_t outputs = conv_weight.size(0), channels = conv_weight.size(1);
+  const Tensor rows = conv_weight.reshape({outputs, channels}).contiguous();
+  pack(rows.const_data_ptr<float>(), channels, outputs, panel.data());
+  return panel.data();
+}
+
+Tensor dense_block_narrow_forward(const Tensor& buffer, const OptionalTensor& weight,
+                                  const OptionalTensor& bias, const Tensor& mean,
+                                  const Tensor& invstd, const Tensor& conv_weight) {
+  check_dense_block_norm(buffer, weight, bias, mean, invstd);
+  const int64_t channels = mean.numel();
+  check_narrow(buffer, conv_weight, channels);
+  const int64_t outputs = conv_weight.size(0);
+  const Tensor c = at::empty({buffer.size(0), outputs, buffer.size(2), buffer.size(3)},
+                             buffer.options().memory_format(kFormat));
+  if (c.numel() == 0) return c;
+  const Norm norm(buffer, weight, bias, mean, invstd);
+  const NarrowKernels& k = narrow();
+  const Scratch panel(k.panel_size(channels, outputs));
+  NarrowArgs args{};
+  args.norm = norm.args;
+  args.outputs = outputs;
+  args.panel = packed(k.pack_forward, conv_weight, panel);
+  args.c = c.mutable_data_ptr<float>();
+  const int64_t rows = rows_of(c);
+  at::parallel_for(0, ceil_div(rows, kNarrowRows), 1, [&](int64_t begin, int64_t end) {
+    const Scratch workspace(k.workspace_size());
+    k.forward(args, begin * kNarrowRows, std::min(end * kNarrowRows, rows), workspace.data());
+  });
+  return c;
+}
+
+// The gradient of a 1x1 weight from those of all pieces, (pieces, outputs, at least channels).
+Tensor merged_weight(const Tensor& pieces, int64_t channels) {
+  const int64_t outputs = pieces.size(1);
+  const Tensor total = pieces.size(0) == 1 ? pieces[0] : at::sum(pieces, 0);
+  const Tensor grad_weight =
+      at::empty({outputs, channels, 1, 1}, pieces.options().memory_format(kFormat));
+  grad_weight.view({outputs, channels}).copy_(total.narrow(1, 0, channels));
+  return grad_weight;
+}
+
+std::tuple<Tensor, Tensor, Tensor> dense_block_narrow_backward(
+    const Tensor& grad_c, const Tensor& conv_weight, const Tensor& buffer,
+    const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+    const Tensor& invstd, const Tensor& grad_sum, bool training, bool first, bool of_weight) {
+  check_dense_block_norm(buffer, weight, bias, mean, invstd);
+  const int64_t channels = mean.numel();
+  check_narrow(buffer, conv_weight, channels);
+  const int64_t outputs = conv_weight.size(0);
+  check_dense_block_slice("grad_c", grad_c, outputs, buffer);
+  check_dense_block_sum(grad_sum, channels, buffer);
+
+  const Tensor grad = grad_c.contiguous(kFormat);
+  const int64_t rows = rows_of(grad);
+  const int64_t most = std::max(kNarrowPieceRows, ceil_div(rows, kNarrowPieces));
+  const int64_t pieces = ceil_div(rows, most), piece = ceil_div(rows, std::max<int64_t>(pieces, 1));
+  const int64_t part = pieces < kEnoughPieces ? kNarrowChannels : channels;
+  const int64_t parts = ceil_div(channels, part);
+  const NarrowKernels& k = narrow();
+  const int64_t width = k.gradient_width(channels);
+  const Tensor grad_weights =
+      at::empty({of_weight ? std::max<int64_t>(pieces, 1) : 0, outputs, width}, grad.options());
+  if (pieces == 0) grad_weights.zero_();
+  std::vector<double> sums(pieces * channels), products(pieces * channels);
+  Norm norm(buffer, weight, bias, mean, invstd);
+  if (pieces > 0) {
+    const DenseBlockOutput total(grad_sum);
+    norm.args.grad_sum = total.data();
+    norm.args.grad_sum_stride = grad_sum.size(1);
+    norm.args.first = first;
+    norm.args.factor = norm.vectors.add(training ? norm.gamma : norm.scale);
+    const Scratch panel(k.panel_size(channels, outputs));
+    NarrowArgs args{};
+    args.norm = norm.args;
+    args.outputs = outputs;
+    args.panel = packed(k.pack_backward, conv_weight, panel);
+    args.grad_c = grad.const_data_ptr<float>();
+    args.of_weight = of_weight;
+    float* const weights = of_weight ? grad_weights.mutable_data_ptr<float>() : nullptr;
+    at::parallel_for(0, pieces * parts, 1, [&](int64_t begin, int64_t end) {
+      const Scratch workspace(k.workspace_size());
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t of_rows = i / parts, c = i % parts * part;
+        const NarrowSums found{&sums[of_rows * channels], &products[of_rows * channels],
+                               of_weight ? weights + of_rows * outputs * width : nullptr};
+        k.backward(args, of_rows * piece, std::min((of_rows + 1) * piece, rows), c,
+                   std::min(c + part, channels), found, workspace.data());
+      }
+    });
+    total.finish();
+  }
+  auto [sum_grad, sum_grad_xhat] = merged_sums(sums, products, norm, mean);
+  return {sum_grad, sum_grad_xhat,
+          of_weight ? merged_weight(grad_weights, channels) : at::empty({0}, grad.options())};
+}
+
 }  // namespace
 }  // namespace resops
 
+TORCH_LIBRARY_FRAGMENT(resops, m) {
+  m.def(
+      "dense_block_narrow_forward(Tensor buffer, Tensor? weight, Tensor? bias, Tensor mean, "
+      "Tensor invstd, Tensor conv_weight) -> Tensor");
+  m.def(
+      "dense_block_narrow_backward(Tensor grad_c, Tensor conv_weight, Tensor buffer, "
+      "Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, Tensor(a!) grad_sum, "
+      "bool training, bool first, bool of_weight) "
+      "-> (Tensor sum_grad, Tensor sum_grad_xhat, Tensor grad_conv_weight)");
+}
+
 TORCH_LIBRARY_IMPL(resops, CPU, m) {
+  m.impl("dense_block_narrow_forward", &resops::dense_block_narrow_forward);
+  m.impl("dense_block_narrow_backward", &resops::dense_block_narrow_backward);
   m.impl("dense_block_apply", &resops::dense_block_apply);
   m.impl("dense_block_accumulate", &resops::dense_block_accumulate);
   m.impl("dense_block_gradient", &resops::dense_block_gradient);

@@ -75,8 +75,9 @@ void apply_rows(const DenseBlockArgs& a, int64_t begin, int64_t end) {
   });
 }
 
-// S is what grad_sum is stored as: T, or the accumulation type.
-template <class T, class S, bool kFirst>
+// S is what grad_sum is stored as: T, or the accumulation type. kApply: what apply writes is
+// written too.
+template <class T, class S, bool kFirst, bool kApply>
 void accumulate_rows(const DenseBlockArgs& a, int64_t begin, int64_t end, double* sum_grad,
                      double* sum_grad_centred) {
   using acc = acc_t<T>;
@@ -91,6 +92,7 @@ void accumulate_rows(const DenseBlockArgs& a, int64_t begin, int64_t end, double
     const T* const x = at_row<T>(a.x, row, a.x_stride);
     const T* const grad = at_row<T>(a.grad_y, row, a.grad_y_stride);
     S* const total = at_row<S>(a.grad_sum, row, a.grad_sum_stride);
+    T* const y = kApply ? at_row<T>(a.out, row, a.channels) : nullptr;
     for_lines<T>(0, a.channels, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
       Line<T> xs[rows.value], gs[rows.value];
 #pragma GCC unroll 4
@@ -107,7 +109,9 @@ void accumulate_rows(const DenseBlockArgs& a, int64_t begin, int64_t end, double
 #pragma GCC unroll 4
         for (int r = 0; r < rows.value; ++r) {
           const Pack<acc> centred = xs[r].pack[i] - mean;
-          const Mask<acc> open = passes(pre_activation(a, centred, at));
+          const Pack<acc> z = pre_activation(a, centred, at);
+          const Mask<acc> open = passes(z);
+          if constexpr (kApply) store(y + r * a.channels + at, relu(z), left);
           const Pack<acc> g = select(open, gs[r].pack[i], broadcast(acc(0)));
           s = s + g;
           q = fma(g, centred, q);
@@ -172,7 +176,11 @@ void accumulate(const DenseBlockArgs& a, int64_t begin, int64_t end, double* sum
                 double* sum_grad_centred) {
   dispatch_sum(a, [&]<class T, class S>(T, S) {
     dispatch_bool(a.first, [&]<bool kFirst>(Constant<kFirst>) {
-      accumulate_rows<T, S, kFirst>(a, begin, end, sum_grad, sum_grad_centred);
+      if constexpr (std::is_same_v<T, float>) {
+        if (a.out)
+          return accumulate_rows<T, S, kFirst, true>(a, begin, end, sum_grad, sum_grad_centred);
+      }
+      accumulate_rows<T, S, kFirst, false>(a, begin, end, sum_grad, sum_grad_centred);
     });
   });
 }

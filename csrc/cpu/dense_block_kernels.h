@@ -24,7 +24,7 @@ struct DenseBlockArgs {
   int64_t grad_sum_stride;
   bool wide_sum;  // grad_sum is of acc
   bool first;     // accumulate: grad_sum holds nothing yet
-  void* out;      // dense
+  void* out;      // dense; accumulate: in f32 what apply writes, or null
   const void* mean;
   const void* scale;  // weight * invstd
   const void* bias;

@@ -190,17 +190,6 @@ __global__ void __launch_bounds__(kThreads)
                    read_running<T>(out.running_var, c));
 }
 
-// By rows the bits of a mask are one run, and that of planes has room for more: there each plane
-// may begin on a byte of its own (docs/architecture.md, "The mask").
-__device__ __forceinline__ void clear_rest(const BatchNormWalk& w, uint8_t* mask) {
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * gridDim.y * kThreads;
-  const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-  for (int64_t i = ceil_div(w.numel, 8) + block * kThreads + threadIdx.x; i < w.mask_bytes;
-       i += threads) {
-    store<uint8_t>(mask + i, 0);
-  }
-}
-
 template <class T, int kVec, bool kByRows, Activation kAct, bool kResidual>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     batch_norm_apply_kernel(BatchNormWalk w, BatchNormAffine affine, bool aligned,
@@ -239,7 +228,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
         if constexpr (kMask) store_bits<kVec>(mask + place.byte, bits, count > 0);
         put(y + place.offset, count, z, is_short);
       });
-  if constexpr (kMask && kByRows) clear_rest(w, mask);
+  // The bits are one run, and there is room for planes of whole bytes (docs/architecture.md, "The
+  // mask").
+  if constexpr (kMask && kByRows) clear_bytes(mask, ceil_div(w.numel, 8), w.mask_bytes);
 }
 
 // ---- backward ----------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "batch_norm_act_max_pool.cuh"
+#include "batch_norm_act_max_pool_planes.cuh"
 #include "dispatch.h"
 
 namespace resops::cuda {
@@ -20,6 +20,9 @@ int vector_size(const PoolShape& shape) {
   const int size = shape.dtype == DType::f32 ? 4 : 8;
   return shape.channels_last && shape.channels % size == 0 ? size : 1;
 }
+
+// A pixel is one value, and the rows of a plane are one run.
+bool has_planes(const PoolShape& shape) { return !shape.channels_last || shape.channels == 1; }
 
 int64_t images_of(const PoolShape& shape) {
   return shape.channels_last ? shape.samples : shape.samples * shape.channels;
@@ -48,16 +51,17 @@ void choose_tile(PoolWalk& w, int vec, int columns, size_t vector_bytes, F held_
   w.held = held_columns(w.tile);
 }
 
-// Bands of `rows` rows of windows, so that blocks which run at the same time end together, and few
-// rows are read twice.
-void choose_band(PoolWalk& w, int64_t images, int rows) {
+// Bands of `rows` rows of windows, of at most `longest` each, so that blocks which run at the same
+// time end together, and few rows are read twice.
+void choose_band(PoolWalk& w, int rows, int longest) {
   const int64_t together = int64_t{device_limits().multiprocessors} * kBlocksTogether;
+  const int fewest = ceil_div(rows, longest), most = ceil_div(rows, kFewestRows);
   int64_t least = 0;
-  for (int bands = 1; bands <= ceil_div(rows, kFewestRows); ++bands) {
+  for (int bands = fewest; bands <= std::max(fewest, most); ++bands) {
     const int64_t band = ceil_div(rows, bands);
-    const int64_t rounds = ceil_div(images * w.slabs * w.tiles * bands, together);
+    const int64_t rounds = ceil_div(w.images * w.slabs * w.tiles * bands, together);
     const int64_t cost = rounds * (band * w.stride[0] + std::max(w.kernel[0] - w.stride[0], 0));
-    if (bands > 1 && cost >= least) continue;
+    if (bands > fewest && cost >= least) continue;
     least = cost;
     w.band = static_cast<int>(band);
   }
@@ -66,6 +70,7 @@ void choose_band(PoolWalk& w, int64_t images, int rows) {
 
 PoolWalk base_walk(const PoolShape& shape) {
   PoolWalk w{};
+  w.images = images_of(shape);
   w.channels = shape.channels;
   w.depth = shape.channels_last ? shape.channels : 1;
   w.height = shape.height;
@@ -80,18 +85,58 @@ PoolWalk base_walk(const PoolShape& shape) {
 
 size_t element_size(const PoolShape& shape) { return shape.dtype == DType::f32 ? 4 : 2; }
 
+// Bands of whole rows of planes: as many of the `rows`, and at most `most`, as let the run of
+// `run(band)` elements of `bytes` each fit into shared memory. In none the walk is not in_runs.
+template <class F>
+PoolWalk planes_walk(const PoolShape& shape, int rows, int64_t most, size_t bytes, F run) {
+  PoolWalk w = base_walk(shape);
+  w.lanes = w.slabs = w.tiles = 1;
+  w.pixels = kThreads;
+  w.ring = ceil_div(w.kernel[0], w.stride[0]);
+  // From the first vector of 16 bytes that the run touches to the last, of the index too.
+  const auto held = [&](int band) { return ceil_div(run(band) + 32, int64_t{16}) * 16; };
+  int longest = 0;
+  for (int step = 1 << 30; step > 0; step /= 2) {
+    const int64_t more = int64_t{longest} + step;
+    if (more > rows || more > most) continue;
+    if (held(static_cast<int>(more)) * bytes <= shared_budget()) longest += step;
+  }
+  w.in_runs = longest > 0;
+  if (!w.in_runs) return w;
+  choose_band(w, rows, longest);
+  w.held = static_cast<int>(held(w.band));
+  return w;
+}
+
 PoolWalk forward_walk(const PoolShape& shape) {
+  if (has_planes(shape)) {
+    const PoolWalk w = planes_walk(
+        shape, shape.out_height, shape.out_height, element_size(shape), [&](int64_t band) {
+          const int64_t rows = (band - 1) * shape.stride[0] + shape.kernel[0];
+          return std::min<int64_t>(rows, shape.height) * shape.width;
+        });
+    if (w.in_runs) return w;
+  }
   PoolWalk w = base_walk(shape);
   const int vec = vector_size(shape);
   w.ring = w.kernel[0];
   choose_tile(w, vec, w.out_width, element_size(shape) * vec, [&](int tile) {
     return std::min<int64_t>((tile - int64_t{1}) * w.stride[1] + w.kernel[1], w.width);
   });
-  choose_band(w, images_of(shape), w.out_height);
+  choose_band(w, w.out_height, w.out_height);
   return w;
 }
 
 PoolWalk backward_walk(const PoolShape& shape) {
+  const int steps = (shape.height - 1 + shape.padding[0]) / shape.stride[0] + 1;
+  if (has_planes(shape)) {
+    const int64_t most = kLongestSum * kThreads / (int64_t{shape.stride[0]} * shape.width);
+    const PoolWalk w = planes_walk(shape, steps, most, element_size(shape) + 1, [&](int64_t band) {
+      const int64_t rows = band + ceil_div(shape.kernel[0], shape.stride[0]) - 1;
+      return std::min<int64_t>(rows, shape.out_height) * shape.out_width;
+    });
+    if (w.in_runs) return w;
+  }
   PoolWalk w = base_walk(shape);
   const int vec = vector_size(shape);
   w.ring = ceil_div(w.kernel[0], w.stride[0]);
@@ -99,19 +144,18 @@ PoolWalk backward_walk(const PoolShape& shape) {
     return std::min<int64_t>((tile + int64_t{w.kernel[1]} - 2) / w.stride[1] + 1, w.out_width);
   };
   choose_tile(w, vec, w.width, (element_size(shape) + 1) * vec, held);
-  const int steps = (w.height - 1 + w.padding[0]) / w.stride[0] + 1;
   const int64_t most = std::max(int64_t{kLongestSum} * w.pixels / w.height, int64_t{1});
   if (w.tile > most) {
     w.tile = static_cast<int>(most);
     w.tiles = ceil_div(w.width, w.tile);
     w.held = static_cast<int>(held(w.tile));
   }
-  choose_band(w, images_of(shape), steps);
+  choose_band(w, steps, steps);
   return w;
 }
 
-unsigned grid_of(const PoolWalk& w, int64_t images) {
-  const int64_t blocks = images * w.bands * w.tiles * w.slabs;
+unsigned grid_of(const PoolWalk& w) {
+  const int64_t blocks = w.images * w.bands * w.tiles * w.slabs;
   if (blocks > 0x7fffffff) {
     throw std::invalid_argument("resops: batch_norm_act_max_pool: too many images for one launch");
   }
@@ -119,12 +163,19 @@ unsigned grid_of(const PoolWalk& w, int64_t images) {
 }
 
 size_t forward_bytes(const PoolWalk& w, const PoolShape& shape) {
+  if (w.in_runs) return w.held * element_size(shape);
   return std::max<size_t>(
       16, size_t{1} * w.ring * w.held * w.lanes * vector_size(shape) * element_size(shape));
 }
 size_t backward_bytes(const PoolWalk& w, const PoolShape& shape) {
+  if (w.in_runs) return w.held * (element_size(shape) + 1);
   return std::max<size_t>(
       16, size_t{1} * w.ring * w.held * w.lanes * vector_size(shape) * (element_size(shape) + 1));
+}
+
+template <int kVec>
+size_t reduce_bytes(const PoolWalk& w, const PoolShape& shape) {
+  return std::max(sizeof(SumsShared<kVec>), backward_bytes(w, shape));
 }
 
 // f(T{}, Constant<kVec>{}, Constant<kAct>{})
@@ -142,6 +193,15 @@ void dispatch(const PoolShape& shape, Activation activation, F f) {
   });
 }
 
+// The same of the kernels for planes, with whole vectors.
+template <class F>
+void dispatch_planes(const PoolShape& shape, Activation activation, F f) {
+  dispatch_dtype(shape.dtype, [&](auto type) {
+    dispatch_activation(activation,
+                        [&](auto act) { f(type, Constant<kVectorSize<decltype(type)>>{}, act); });
+  });
+}
+
 bool is_aligned(const BatchNormAffine& affine, const float* other1 = nullptr,
                 const float* other2 = nullptr) {
   return are_aligned(
@@ -154,13 +214,23 @@ void launch_batch_norm_act_max_pool_forward(const PoolShape& shape, const PoolFo
                                             Stream stream) {
   if (shape.empty()) return;
   const PoolWalk w = forward_walk(shape);
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (w.in_runs) {
+    return dispatch_planes(shape, call.activation, [&](auto type, auto vec, auto act) {
+      using T = decltype(type);
+      constexpr int kVec = vec();
+      constexpr Activation kAct = act();
+      RESOPS_LAUNCH((batch_norm_act_max_pool_planes_forward_kernel<T, kVec, kAct>), grid_of(w),
+                    kThreads, forward_bytes(w, shape), on, w, call.affine, call.negative_slope,
+                    static_cast<const T*>(call.x), static_cast<T*>(call.y), call.index);
+    });
+  }
   dispatch(shape, call.activation, [&](auto type, auto vec, auto act) {
     using T = decltype(type);
     constexpr int kVec = vec();
     constexpr Activation kAct = act();
-    RESOPS_LAUNCH((batch_norm_act_max_pool_forward_kernel<T, kVec, kAct>),
-                  grid_of(w, images_of(shape)), kThreads, forward_bytes(w, shape),
-                  static_cast<cudaStream_t>(stream), w, call.affine, is_aligned(call.affine),
+    RESOPS_LAUNCH((batch_norm_act_max_pool_forward_kernel<T, kVec, kAct>), grid_of(w), kThreads,
+                  forward_bytes(w, shape), on, w, call.affine, is_aligned(call.affine),
                   call.negative_slope, static_cast<const T*>(call.x), static_cast<T*>(call.y),
                   call.index);
   });
@@ -169,16 +239,30 @@ void launch_batch_norm_act_max_pool_forward(const PoolShape& shape, const PoolFo
 int64_t batch_norm_act_max_pool_workspace(const PoolShape& shape) {
   if (shape.empty()) return 0;
   const PoolWalk w = backward_walk(shape);
-  return 2 * w.parts(images_of(shape)) * shape.channels;
+  return 2 * w.parts() * shape.channels;
 }
 
 void launch_batch_norm_act_max_pool_backward_reduce(const PoolShape& shape,
                                                     const PoolGradient& call, float* workspace,
                                                     const BatchNormSums& out, Stream stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
   int64_t parts = 0;
+  PoolWalk w{};
   if (!shape.empty()) {
-    const PoolWalk w = backward_walk(shape);
-    parts = w.parts(images_of(shape));
+    w = backward_walk(shape);
+    parts = w.parts();
+  }
+  if (w.in_runs) {
+    dispatch_planes(shape, call.activation, [&](auto type, auto vec, auto act) {
+      using T = decltype(type);
+      constexpr int kVec = vec();
+      constexpr Activation kAct = act();
+      RESOPS_LAUNCH((batch_norm_act_max_pool_planes_backward_reduce_kernel<T, kVec, kAct>),
+                    grid_of(w), kThreads, reduce_bytes<kVec>(w, shape), on, w, parts, call.affine,
+                    call.negative_slope, static_cast<const T*>(call.x),
+                    static_cast<const T*>(call.grad_y), call.index, workspace);
+    });
+  } else if (!shape.empty()) {
     dispatch(shape, call.activation, [&](auto type, auto vec, auto act) {
       using T = decltype(type);
       constexpr int kVec = vec();
@@ -187,11 +271,9 @@ void launch_batch_norm_act_max_pool_backward_reduce(const PoolShape& shape,
         constexpr bool kChannelsLast = channels_last();
         RESOPS_LAUNCH(
             (batch_norm_act_max_pool_backward_reduce_kernel<T, kVec, kChannelsLast, kAct>),
-            grid_of(w, images_of(shape)), kThreads,
-            std::max(sizeof(SumsShared<kVec>), backward_bytes(w, shape)),
-            static_cast<cudaStream_t>(stream), w, parts, call.affine, is_aligned(call.affine),
-            call.negative_slope, static_cast<const T*>(call.x), static_cast<const T*>(call.grad_y),
-            call.index, workspace);
+            grid_of(w), kThreads, reduce_bytes<kVec>(w, shape), on, w, parts, call.affine,
+            is_aligned(call.affine), call.negative_slope, static_cast<const T*>(call.x),
+            static_cast<const T*>(call.grad_y), call.index, workspace);
       };
       if constexpr (kVec == 1) {
         dispatch_bool(shape.channels_last, launch);
@@ -209,16 +291,29 @@ void launch_batch_norm_act_max_pool_backward_apply(const PoolShape& shape, const
                                                    const BatchNormGradientOut& out, Stream stream) {
   if (shape.empty()) return;
   const PoolWalk w = backward_walk(shape);
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (w.in_runs) {
+    return dispatch_planes(shape, call.activation, [&](auto type, auto vec, auto act) {
+      using T = decltype(type);
+      constexpr int kVec = vec();
+      constexpr Activation kAct = act();
+      RESOPS_LAUNCH((batch_norm_act_max_pool_planes_backward_apply_kernel<T, kVec, kAct>),
+                    grid_of(w), kThreads, backward_bytes(w, shape), on, w, call.affine,
+                    call.negative_slope, static_cast<const T*>(call.x),
+                    static_cast<const T*>(call.grad_y), call.index, out.sum_grad, out.sum_grad_xhat,
+                    out.factor, static_cast<T*>(out.grad_x));
+    });
+  }
   const bool aligned = is_aligned(call.affine, out.sum_grad, out.sum_grad_xhat);
   dispatch(shape, call.activation, [&](auto type, auto vec, auto act) {
     using T = decltype(type);
     constexpr int kVec = vec();
     constexpr Activation kAct = act();
-    RESOPS_LAUNCH((batch_norm_act_max_pool_backward_apply_kernel<T, kVec, kAct>),
-                  grid_of(w, images_of(shape)), kThreads, backward_bytes(w, shape),
-                  static_cast<cudaStream_t>(stream), w, call.affine, aligned, call.negative_slope,
-                  static_cast<const T*>(call.x), static_cast<const T*>(call.grad_y), call.index,
-                  out.sum_grad, out.sum_grad_xhat, out.factor, static_cast<T*>(out.grad_x));
+    RESOPS_LAUNCH((batch_norm_act_max_pool_backward_apply_kernel<T, kVec, kAct>), grid_of(w),
+                  kThreads, backward_bytes(w, shape), on, w, call.affine, aligned,
+                  call.negative_slope, static_cast<const T*>(call.x),
+                  static_cast<const T*>(call.grad_y), call.index, out.sum_grad, out.sum_grad_xhat,
+                  out.factor, static_cast<T*>(out.grad_x));
   });
 }
 

@@ -8,7 +8,8 @@
 // nothing is added by two threads to one place.
 //
 // Channels-last: an image is a sample, of C values per pixel, of which a block takes a slab; a
-// thread keeps its channels. Contiguous: an image is a plane, of one value per pixel.
+// thread keeps its channels. Contiguous: an image is a plane, of one value per pixel
+// (batch_norm_act_max_pool_planes.cuh, but for rows too long for it).
 
 #pragma once
 
@@ -19,7 +20,7 @@
 namespace resops::cuda {
 
 struct PoolWalk {
-  int64_t channels;
+  int64_t images, channels;
   int64_t depth;  // values of a pixel: C or 1
   int height, width, out_height, out_width;
   int kernel[2], stride[2], padding[2];
@@ -28,12 +29,12 @@ struct PoolWalk {
   // Columns and rows of a block, and how many times they are in an image: of y in forward, of x in
   // backward; a row in backward is a step, the rows of x whose lowest window is the same.
   int tile, tiles, band, bands;
-  int ring, held;  // rows and columns that shared memory has
+  int ring, held;  // rows and columns that shared memory has; held of a band of a plane: elements
+
+  bool in_runs;  // bands of whole rows of planes (batch_norm_act_max_pool_planes.cuh)
 
   // Of the blocks that have the same channels.
-  __host__ __device__ int64_t parts(int64_t images) const {
-    return images * bands * tiles * depth / channels;
-  }
+  int64_t parts() const { return images * bands * tiles * depth / channels; }
 };
 
 // The index of kVec windows as it is in memory.
@@ -130,6 +131,43 @@ __device__ __forceinline__ void store_index(uint8_t* p, const int (&where)[kVec]
   }
 }
 
+// Rows and columns of x that a window sees, and where it begins, which may be in the padding.
+struct PoolWindow {
+  __device__ PoolWindow(const PoolWalk& w, int oh, int ow)
+      : row(oh * w.stride[0] - w.padding[0]),
+        column(ow * w.stride[1] - w.padding[1]),
+        row_begin(max(row, 0)),
+        row_end(min(row + w.kernel[0], w.height)),
+        column_begin(max(column, 0)),
+        column_end(min(column + w.kernel[1], w.width)) {}
+  int row, column, row_begin, row_end, column_begin, column_end;
+};
+
+// The maximum of the values(row, column) of a window, and the place in it of the first such value.
+template <class T, int kVec, class F>
+__device__ __forceinline__ void window_maximum(const PoolWalk& w, const PoolWindow& window,
+                                               F values, float (&best)[kVec], int (&where)[kVec]) {
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    best[i] = -__uint_as_float(0x7f800000u);
+    where[i] = (window.row_begin - window.row) * w.kernel[1] + window.column_begin - window.column;
+  }
+  for (int h = window.row_begin; h < window.row_end; ++h) {
+    for (int column = window.column_begin; column < window.column_end; ++column) {
+      const int position = (h - window.row) * w.kernel[1] + column - window.column;
+      float v[kVec];
+      unpack<T, kVec>(values(h, column), v);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        if (v[i] > best[i] || v[i] != v[i]) {  // a NaN stays
+          best[i] = v[i];
+          where[i] = position;
+        }
+      }
+    }
+  }
+}
+
 template <class T, int kVec, Activation kAct>
 __global__ void __launch_bounds__(kThreads, 2)
     batch_norm_act_max_pool_forward_kernel(PoolWalk w, BatchNormAffine affine, bool aligned,
@@ -166,29 +204,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     next = max(next, h_end);
     block_sync();
     for (int ow = ow_begin + place.pixel; place.active && ow < ow_end; ow += w.pixels) {
-      const int first = ow * w.stride[1] - w.padding[1];
-      const int column_begin = max(first, 0), column_end = min(first + w.kernel[1], w.width);
       float best[kVec];
       int where[kVec];
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        best[i] = -__uint_as_float(0x7f800000u);
-        where[i] = (h_begin - h_first) * w.kernel[1] + column_begin - first;
-      }
-      for (int h = h_begin; h < h_end; ++h) {
-        for (int column = column_begin; column < column_end; ++column) {
-          const int position = (h - h_first) * w.kernel[1] + column - first;
-          float v[kVec];
-          unpack<T, kVec>(rows[held(h, column)], v);
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) {
-            if (v[i] > best[i] || v[i] != v[i]) {  // a NaN stays
-              best[i] = v[i];
-              where[i] = position;
-            }
-          }
-        }
-      }
+      window_maximum<T, kVec>(
+          w, PoolWindow(w, oh, ow), [&](int h, int column) { return rows[held(h, column)]; }, best,
+          where);
       const int64_t at =
           ((place.image * w.out_height + oh) * w.out_width + ow) * w.depth + place.value;
       store<Raw<T, kVec>>(y + at, pack<T, kVec>(best));
@@ -208,6 +228,33 @@ __device__ __forceinline__ int index_at(const IndexVector<kVec>& index, int i) {
     return index >> 8 * i & 0xff;
   } else {
     return index;
+  }
+}
+
+// Adds to g what the windows that see pixel (h, column) hand down, those of rows [oh_begin,
+// oh_last] in grads and indices at held(row, column).
+template <class T, int kVec, class Held>
+__device__ __forceinline__ void gather(const PoolWalk& w, int h, int column, int oh_begin,
+                                       int oh_last, const Raw<T, kVec>* grads,
+                                       const IndexVector<kVec>* indices, Held held,
+                                       float (&g)[kVec]) {
+  const int right = (column + w.padding[1]) / w.stride[1];  // the last window
+  const int left = right - (w.kernel[1] - 1) / w.stride[1];
+  for (int oh = oh_begin; oh <= oh_last; ++oh) {
+    const int row = h + w.padding[0] - oh * w.stride[0];
+    if (row >= w.kernel[0]) continue;
+    for (int ow = max(left, 0); ow <= min(right, w.out_width - 1); ++ow) {
+      const int place_in_row = column + w.padding[1] - ow * w.stride[1];
+      if (place_in_row >= w.kernel[1]) continue;
+      const int position = row * w.kernel[1] + place_in_row;
+      float from[kVec];
+      unpack<T, kVec>(grads[held(oh, ow)], from);
+      const IndexVector<kVec> where = indices[held(oh, ow)];
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        if (index_at<kVec>(where, i) == position) g[i] += from[i];
+      }
+    }
   }
 }
 
@@ -249,24 +296,8 @@ __device__ __forceinline__ void for_gradients(const PoolWalk& w, const PoolPlace
           w, place, x, h_begin, h_end, w_begin, w_end,
           [&](int h, int column, const Raw<T, kVec>& raw) {
             float g[kVec] = {}, values[kVec];
-            const int right = (column + w.padding[1]) / w.stride[1];  // the last window
-            const int left = right - (w.kernel[1] - 1) / w.stride[1];
-            for (int oh = max(step - w.ring + 1, 0); oh <= min(step, w.out_height - 1); ++oh) {
-              const int row = h + w.padding[0] - oh * w.stride[0];
-              if (row >= w.kernel[0]) continue;
-              for (int ow = max(left, 0); ow <= min(right, w.out_width - 1); ++ow) {
-                const int place_in_row = column + w.padding[1] - ow * w.stride[1];
-                if (place_in_row >= w.kernel[1]) continue;
-                const int position = row * w.kernel[1] + place_in_row;
-                float from[kVec];
-                unpack<T, kVec>(grads[held(oh, ow)], from);
-                const Index where = indices[held(oh, ow)];
-#pragma unroll
-                for (int i = 0; i < kVec; ++i) {
-                  if (index_at<kVec>(where, i) == position) g[i] += from[i];
-                }
-              }
-            }
+            gather<T, kVec>(w, h, column, max(step - w.ring + 1, 0), min(step, w.out_height - 1),
+                            grads, indices, held, g);
             unpack<T, kVec>(raw, values);
             f(((place.image * w.height + h) * w.width + column) * w.depth + place.value, values, g);
           });
@@ -326,6 +357,37 @@ __global__ void __launch_bounds__(kThreads, 2)
   store<float>(partial + (parts + part) * w.channels + channel, total.y);
 }
 
+// grad_x = scale * g [+ slope * (x - mean) + offset]
+template <class T, int kVec>
+class PoolGradientOfX {
+ public:
+  __device__ PoolGradientOfX(const Channels<T, kVec>& channels, const PoolAffine<T, kVec>& a,
+                             const BatchNormAffine& affine, const float* sum_grad,
+                             const float* sum_grad_xhat, float factor)
+      : has_sums_(sum_grad != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) scale_[i] = a.scale[i];
+    if (!has_sums_) return;
+    float invstd[kVec];
+    channels.read(affine.invstd, invstd);
+    channels.read(sum_grad, offset_);
+    channels.read(sum_grad_xhat, slope_);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      offset_[i] *= -factor * a.scale[i];
+      slope_[i] *= -factor * a.scale[i] * invstd[i];
+    }
+  }
+  // Of the i-th channel.
+  __device__ __forceinline__ float operator()(int i, float x_minus_mean, float g) const {
+    return fmaf(g, scale_[i], has_sums_ ? fmaf(x_minus_mean, slope_[i], offset_[i]) : 0);
+  }
+
+ private:
+  bool has_sums_;
+  float scale_[kVec], slope_[kVec] = {}, offset_[kVec] = {};
+};
+
 template <class T, int kVec, Activation kAct>
 __global__ void __launch_bounds__(kThreads, 2)
     batch_norm_act_max_pool_backward_apply_kernel(PoolWalk w, BatchNormAffine affine, bool aligned,
@@ -340,28 +402,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   const PoolPlace<kVec> place(w);
   const Channels<T, kVec> channels(place.channel, w.channels, aligned);
   const PoolAffine<T, kVec> a(channels, affine);
-  // grad_x = scale * g [+ slope * (x - mean) + offset]
-  float slope[kVec] = {}, offset[kVec] = {};
-  if (sum_grad) {
-    float invstd[kVec];
-    channels.read(affine.invstd, invstd);
-    channels.read(sum_grad, offset);
-    channels.read(sum_grad_xhat, slope);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      offset[i] *= -factor * a.scale[i];
-      slope[i] *= -factor * a.scale[i] * invstd[i];
-    }
-  }
+  const PoolGradientOfX<T, kVec> of_x(channels, a, affine, sum_grad, sum_grad_xhat, factor);
   for_gradients<T, kVec, kPoolSteps<kAct>>(
       w, place, reinterpret_cast<unsigned char*>(&shared), x, grad_y, index,
       [&](int64_t at, float (&v)[kVec], float (&g)[kVec]) {
         before_activation<T, kVec, kAct>(a, negative_slope, v, g);
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          const float rest = sum_grad ? fmaf(v[i], slope[i], offset[i]) : 0;
-          g[i] = fmaf(g[i], a.scale[i], rest);
-        }
+        for (int i = 0; i < kVec; ++i) g[i] = of_x(i, v[i], g[i]);
         store<Raw<T, kVec>>(grad_x + at, pack<T, kVec>(g));
       });
 }

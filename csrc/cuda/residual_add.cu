@@ -18,10 +18,8 @@ bool is_elementwise(const ResidualAddWeights& w) {
   return w.alpha.tensor != nullptr || w.beta.tensor != nullptr;
 }
 
-ResidualAddWalk make_walk(const ResidualAddShape& shape, const ResidualAddWeights& weights,
-                          Activation activation) {
-  const bool one_row = !is_per_sample(weights.alpha) && !is_per_sample(weights.beta) &&
-                       (!is_masked(activation) || shape.length % 8 == 0);
+ResidualAddWalk make_walk(const ResidualAddShape& shape, const ResidualAddWeights& weights) {
+  const bool one_row = !is_per_sample(weights.alpha) && !is_per_sample(weights.beta);
   ResidualAddWalk w{};
   w.rows = one_row ? 1 : shape.samples;
   w.width = one_row ? shape.numel() : shape.length;
@@ -29,25 +27,12 @@ ResidualAddWalk make_walk(const ResidualAddShape& shape, const ResidualAddWeight
       shape.numel() / (device_limits().multiprocessors * kPiecesPerMultiprocessor);
   w.piece = ceil_div(std::clamp(share, kShortestPiece, kLongestPiece), 256) * 256;
   w.pieces = ceil_div(w.width, w.piece);
-  w.mask_step = ceil_div(w.width, 8);
+  w.mask_bytes = shape.samples * ceil_div(shape.length, 8);
   return w;
 }
 
 unsigned blocks_of(const ResidualAddWalk& w) {
   return static_cast<unsigned>(ceil_div(w.rows * w.pieces, kWarps));
-}
-
-// f(T{}, Constant<kVec>{})
-template <class F>
-void dispatch_width(DType dtype, const ResidualAddWalk& w, F f) {
-  dispatch_dtype(dtype, [&](auto type) {
-    constexpr int kVec = kVectorSize<decltype(type)>;
-    if (w.rows == 1 || w.width % kVec == 0) {
-      f(type, Constant<kVec>{});
-    } else {
-      f(type, Constant<1>{});
-    }
-  });
 }
 
 // f(Constant<kTensors>{}) with what the backward kernel reads; z of silu and gelu takes x and
@@ -78,12 +63,12 @@ void finish(const ResidualAddWalk& w, const ResidualAddWeight& weight, DType dty
 
 void launch_residual_add_forward(const ResidualAddForward& call, Stream stream) {
   if (call.shape.numel() == 0) return;
-  const ResidualAddWalk w = make_walk(call.shape, call.weights, call.activation);
-  dispatch_width(call.shape.dtype, w, [&](auto type, auto vec) {
+  const ResidualAddWalk w = make_walk(call.shape, call.weights);
+  dispatch_dtype(call.shape.dtype, [&](auto type) {
     dispatch_activation(call.activation, [&](auto act) {
       dispatch_bool(is_elementwise(call.weights), [&](auto elementwise) {
         using T = decltype(type);
-        constexpr int kVec = vec();
+        constexpr int kVec = kVectorSize<T>;
         constexpr Activation kAct = act();
         constexpr int kTensors = elementwise() ? 4 : 2;
         RESOPS_LAUNCH((residual_add_forward_kernel<T, kVec, kAct, kTensors>), blocks_of(w),
@@ -96,21 +81,21 @@ void launch_residual_add_forward(const ResidualAddForward& call, Stream stream) 
 }
 
 int64_t residual_add_workspace(const ResidualAddBackward& call) {
-  const ResidualAddWalk w = make_walk(call.shape, call.weights, call.activation);
+  const ResidualAddWalk w = make_walk(call.shape, call.weights);
   return 2 * w.rows * w.pieces;
 }
 
 void launch_residual_add_backward(const ResidualAddBackward& call, float* workspace,
                                   Stream stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  const ResidualAddWalk w = make_walk(call.shape, call.weights, call.activation);
+  const ResidualAddWalk w = make_walk(call.shape, call.weights);
   const ResidualAddWeight &alpha = call.weights.alpha, &beta = call.weights.beta;
   const bool sums_alpha = call.grad_alpha && !alpha.tensor;
   const bool sums_beta = call.grad_beta && !beta.tensor;
   float* const alpha_sums = sums_alpha ? workspace : nullptr;
   float* const beta_sums = sums_beta ? workspace + w.rows * w.pieces : nullptr;
   if (call.shape.numel() > 0) {
-    dispatch_width(call.shape.dtype, w, [&](auto type, auto vec) {
+    dispatch_dtype(call.shape.dtype, [&](auto type) {
       using T = decltype(type);
       const ResidualAddGradients<T> out{static_cast<T*>(call.grad_x),
                                         static_cast<T*>(call.grad_residual),
@@ -120,7 +105,7 @@ void launch_residual_add_backward(const ResidualAddBackward& call, float* worksp
                                         beta_sums};
       dispatch_activation(call.activation, [&](auto act) {
         dispatch_tensors<act()>(call, [&](auto tensors) {
-          constexpr int kVec = vec(), kTensors = tensors();
+          constexpr int kVec = kVectorSize<T>, kTensors = tensors();
           constexpr Activation kAct = act();
           RESOPS_LAUNCH((residual_add_backward_kernel<T, kVec, kAct, kTensors>), blocks_of(w),
                         kThreads, 0, on, w, call.weights, call.negative_slope,

@@ -40,7 +40,8 @@ struct ResidualAddForward {
   const void* x;
   const void* residual;
   void* y;
-  uint8_t* mask;  // relu and leaky_relu: N rows of ceil(L / 8) bytes
+  // relu and leaky_relu: N * ceil(L / 8) bytes, in which the bits are one run, and zeros behind it.
+  uint8_t* mask;
 };
 void launch_residual_add_forward(const ResidualAddForward& call, Stream stream);
 

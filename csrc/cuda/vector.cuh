@@ -134,6 +134,15 @@ __device__ __forceinline__ void store_bits(uint8_t* byte, unsigned bits, bool wr
   if (write) store<uint8_t>(byte, static_cast<uint8_t>(bits));
 }
 
+// Zeros in [begin, end), by all threads of the grid.
+__device__ __forceinline__ void clear_bytes(uint8_t* mask, int64_t begin, int64_t end) {
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * gridDim.y * kThreads;
+  const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+  for (int64_t i = begin + block * kThreads + threadIdx.x; i < end; i += threads) {
+    store<uint8_t>(mask + i, 0);
+  }
+}
+
 // The bits of this thread's kVec elements, lowest first, out of their byte.
 template <int kVec>
 __device__ __forceinline__ unsigned own_bits(unsigned byte) {

@@ -13,13 +13,14 @@ import inspect
 import itertools
 import linecache
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..nn import observer
 from . import layers
 from .layers import Path
 from .steps import AnyStep, Match
@@ -280,8 +281,22 @@ _WRAPPER = """
 def forward(self, {signature}):
     if {defaults}_takes(self, {required}):
         return _fused_forward(self, {required})
+    _tell_original(self, {names})
     return _original_forward(self, {every})
 """
+
+
+class OriginalCall(NamedTuple):
+    """What :func:`resops.explain` hears of a block that goes to its original forward."""
+
+    block: nn.Module
+    why: str
+
+
+def _tell_original(block: Any, *args: Any) -> None:
+    if observer.listening():
+        why = block._resops_plan.why_not(block, *args)
+        observer.tell(OriginalCall(block, why), "original forward", None)
 
 
 def _compiled(source: str, names: dict[str, Any]) -> Callable[..., Any]:
@@ -296,13 +311,14 @@ def _compiled(source: str, names: dict[str, Any]) -> Callable[..., Any]:
 def _wrapper_source(forward: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
     """A forward of the same signature, and the defaults that it names."""
     defaults: dict[str, Any] = {}
-    signature, required, every = [], [], []
+    signature, required, every, names = [], [], [], []
     keyword_only = False
     for p in list(inspect.signature(forward).parameters.values())[1:]:
         if p.kind is p.KEYWORD_ONLY and not keyword_only:
             keyword_only = True
             signature.append("*")
         every.append(f"{p.name}={p.name}" if keyword_only else p.name)
+        names.append(p.name)
         if p.default is p.empty:
             signature.append(p.name)
             required.append(p.name)
@@ -315,6 +331,7 @@ def _wrapper_source(forward: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
             signature=", ".join(signature),
             defaults="".join(f"{d.removeprefix('_default_')} is {d} and " for d in defaults),
             required=", ".join(required),
+            names=", ".join(names),
             every=", ".join(every),
         ),
         defaults,
@@ -373,6 +390,7 @@ def fused_class(blueprint: Any) -> type[nn.Module]:
         "_takes": plan.takes,
         "_fused_forward": _compiled(code.src, dict(code.globals)),
         "_original_forward": original.forward,
+        "_tell_original": _tell_original,
     }
     body: dict[str, Any] = {
         "__module__": original.__module__,

@@ -10,8 +10,8 @@ from torch import fx, nn
 
 from ..nn.batch_norm import is_plain
 from . import layers, patterns
-from .dense_blocks import dense_block_step
-from .dense_blocks import refusal as dense_block_refusal
+from .dense_blocks import refusal as refusal_of_whole
+from .dense_blocks import whole_step
 from .layers import Path
 from .report import Reason
 from .steps import AnyStep, Match, Matcher, Step
@@ -127,10 +127,10 @@ def blueprint(block: nn.Module, allowed: frozenset[nn.Module]) -> Blueprint:
     """
     if block in allowed:
         return _norm_with_activation(block)
-    dense = dense_block_step(block)
-    if dense is not None and all(layers.child(block, path) in allowed for path in dense.norms):
-        found = _of_one_step(block, dense)
-        found.refusal = dense_block_refusal
+    whole = whole_step(block)
+    if whole is not None and all(layers.child(block, path) in allowed for path in whole.norms):
+        found = _of_one_step(block, whole)
+        found.refusal = refusal_of_whole
         return found
     pattern = patterns.pattern_for(type(block))
     forward = type(block).forward if pattern is None else pattern.forward

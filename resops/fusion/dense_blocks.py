@@ -1,5 +1,6 @@
-"""The dense blocks of torchvision and timm as one op (Huang, Liu, van der Maaten and Weinberger,
-"Densely Connected Convolutional Networks", 2017, section 3): resops.functional.dense_block.
+"""The dense blocks of torchvision and timm, and their transitions, as one op each (Huang, Liu, van
+der Maaten and Weinberger, "Densely Connected Convolutional Networks", 2017, section 3):
+resops.functional.dense_block and transition.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from .._autograd import PLAIN_TENSORS
 from ..nn import observer
 from ..nn.batch_norm import is_plain, normalize
 from ..nn.conv_bn_act import convolve, folded_conv
-from ..nn.dense_block import is_of_the_op, norm_conv
-from ..ops.dense_block import dense_block
+from ..nn.dense_block import is_average_of_four, is_of_the_op, norm_conv
+from ..ops.dense_block import dense_block, fallback_reason
 from ..reference.dense_block import DenseLayer
 from . import layers, measured
 from .blocks import kept
 from .layers import Path
+from .steps import StepCall
 
 
 class _Family(NamedTuple):
@@ -38,6 +40,11 @@ _FAMILIES = {
     "timm.models.densenet.DenseBlock": _Family(
         "timm.models.densenet.DenseLayer", (), "grad_checkpointing"
     ),
+}
+# The same of a transition, a sequence of norm, conv and pool: whether the ReLU is a child of it.
+_TRANSITIONS = {
+    "torchvision.models.densenet._Transition": True,
+    "timm.models.densenet.DenseTransition": False,
 }
 _NORMS, _CONVS = ("norm1", "norm2"), ("conv1", "conv2")
 
@@ -86,10 +93,11 @@ class DenseBlockStep:
     def run(self, block: nn.Module, keeper: Any, x: Tensor, residual: Tensor | None) -> Tensor:
         """All features of the block, in the memory format of ``x``."""
         pairs = list(self.pairs(block))
-        if observer.listening():
-            observer.tell(self, layers.backend_of(pairs[0][0]), x)
         parts = [norm_conv(norm, conv) for norm, conv in pairs]
         dense = [DenseLayer(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
+        if observer.listening():
+            why = fallback_reason(x, dense, None)
+            observer.tell(StepCall(block, self, why), layers.backend_of(pairs[0][0]), x)
 
         def narrow(index: int, z: Tensor) -> Tensor:
             conv, norm = pairs[2 * index][1], pairs[2 * index + 1][0]
@@ -97,25 +105,95 @@ class DenseBlockStep:
             y = folded_conv(conv, norm, keeper, z, None, "relu", 0.0)
             return normalize(norm, convolve(conv, z), None, "relu", 0.0) if y is None else y
 
-        y = dense_block(x, dense, narrow=narrow)
-        channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        return y if channels_last else y.contiguous()
+        return _in_format_of(x, dense_block(x, dense, narrow=narrow))
 
 
-def dense_block_step(block: nn.Module) -> DenseBlockStep | None:
+@dataclass(frozen=True)
+class TransitionStep:
+    """A whole transition between two dense blocks."""
+
+    relu: bool  # as a child of the transition
+    pattern: str = "DenseTransition"
+    place: Path = ()
+    norms: tuple[Path, ...] = (("norm",),)
+    folds: tuple[tuple[Path, Path], ...] = ()
+
+    @property
+    def identities(self) -> tuple[Path, ...]:
+        """Children that have to return their input."""
+        return () if self.relu else (("norm", "drop"),)
+
+    def act(self) -> Path:
+        """The ReLU."""
+        return ("relu",) if self.relu else ("norm", "act")
+
+    def children(self) -> list[Path]:
+        """The children that are not called any more."""
+        return [("norm",), self.act(), ("conv",), ("pool",), *self.identities]
+
+    def pairs(self, block: nn.Module) -> Iterator[tuple[Any, Any]]:
+        """The norm with the convolution behind it."""
+        yield block._modules["norm"], block._modules["conv"]
+
+    def run(self, block: nn.Module, keeper: Any, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Of half the height and width, in the memory format of ``x``."""
+        norm, conv = next(self.pairs(block))
+        end = norm_conv(norm, conv)
+        if observer.listening():
+            why = fallback_reason(x, (), end)
+            observer.tell(StepCall(block, self, why), layers.backend_of(norm), x)
+        return _in_format_of(x, dense_block(x, (), end))
+
+
+WholeStep = DenseBlockStep | TransitionStep
+
+
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+
+
+def whole_step(block: nn.Module) -> WholeStep | None:
     """The step that stands for ``block``, or None."""
-    kind = type(block)
-    family = _FAMILIES.get(f"{kind.__module__}.{kind.__qualname__}")
+    return _dense_block_step(block) or _transition_step(block)
+
+
+def _class_name(module: object) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _transition_step(block: nn.Module) -> TransitionStep | None:
+    relu = _TRANSITIONS.get(_class_name(block))
+    names = ["norm", "conv", "pool"] if not relu else ["norm", "relu", "conv", "pool"]
+    if relu is None or [n for n, c in block._modules.items() if c is not None] != names:
+        return None
+    step = TransitionStep(relu)
+    norm, conv = next(step.pairs(block))
+    fits = _fits(norm, conv, relu) and _is_relu(layers.child(block, step.act()))
+    return step if fits and not _setting_of_transition(block) else None
+
+
+def _is_relu(module: nn.Module) -> bool:
+    return type(module) is nn.ReLU and is_plain(module)
+
+
+def _setting_of_transition(block: Any) -> str:
+    """What else it does than the op; empty if nothing."""
+    if block.conv.kernel_size != (1, 1):
+        return "its convolution is not 1x1"
+    return "" if is_average_of_four(block.pool) else "its pool is no average of 2x2"
+
+
+def _dense_block_step(block: nn.Module) -> DenseBlockStep | None:
+    family = _FAMILIES.get(_class_name(block))
     if family is None or not block._modules:
         return None
     for layer in block._modules.values():
-        name = f"{type(layer).__module__}.{type(layer).__qualname__}"
-        if layer is None or name != family.layer or not is_plain(layer):
+        if layer is None or _class_name(layer) != family.layer or not is_plain(layer):
             return None
     step = DenseBlockStep(tuple(block._modules), family.relus, family.checkpoints)
     fits = all(_fits(norm, conv, bool(step.relus)) for norm, conv in step.pairs(block))
     relus = (layers.child(block, path) for path in step._paths(step.relus))
-    if not fits or not all(type(relu) is nn.ReLU and is_plain(relu) for relu in relus):
+    if not fits or not all(_is_relu(relu) for relu in relus):
         return None
     return None if _setting_of_layers(step, block) else step
 
@@ -147,14 +225,19 @@ def refusal(block: Any, x: Tensor) -> str:
     """Why a call goes to the original forward; empty if it is one of the op."""
     if type(x) not in PLAIN_TENSORS or x.dim() != 4 or not x.is_floating_point():
         return "its input is no plain tensor of size (N, C, H, W)"
-    why = measured.slower(measured.DENSE_BLOCK, x)
+    step: WholeStep = block._resops_plan.steps[0]
+    whole = isinstance(step, DenseBlockStep)
+    why = measured.slower(measured.DENSE_BLOCK if whole else measured.TRANSITION, x)
     if why:
         return why
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.get_autocast_dtype(kind):
         return "autocast is on, and its input of another dtype"
-    step: DenseBlockStep = block._resops_plan.steps[0]
     for _, conv in step.pairs(block):
         if not is_of_the_op(conv):
             return "a convolution was changed"
-    return _setting_of_layers(step, block)
+    if isinstance(step, DenseBlockStep):
+        return _setting_of_layers(step, block)
+    return _setting_of_transition(block) or (
+        "" if min(x.shape[2:]) > 1 else "its image is too small"
+    )

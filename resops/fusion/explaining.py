@@ -1,4 +1,4 @@
-"""``explain``: which path every fused step takes in one call."""
+"""``explain``: which path every fused step, and every layer of resops.nn, takes in one call."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .. import _dispatch
 from ..nn import observer
 from ..nn.batch_norm import NormAct, activation_of_call
 from ..nn.norm_layers import NormThenAct
-from ..nn.observer import BlockCall
 from ..ops import conv_bn_act
 from . import layers
+from .blocks import OriginalCall
 from .fusing import fuse_report, fused_blocks, join
 from .report import FuseReport
-from .steps import FOLDED, AnyStep, Step
+from .steps import FOLDED, AnyStep, Step, StepCall
 
 
 @dataclass(frozen=True)
@@ -59,38 +59,62 @@ class Explanation:
 
 
 class _Listener:
-    """Hears blocks begin and end, and their steps."""
+    """Hears fused blocks and their steps, and the layers and blocks of resops.nn."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
         self.paths: list[Path] = []
-        self.running: list[tuple[str, nn.Module, list[AnyStep]]] = []
-        for name, block in fused_blocks(model):
-            block.register_forward_pre_hook(self._begin(name))
-            block.register_forward_hook(self._end(name))
+        # Norms and convolutions that are part of a block of which a row tells already.
+        self.inside: set[nn.Module] = set()
+        # The input of the convolution whose output goes to a norm.
+        self.convolutions: dict[nn.Module, tuple[nn.Module, Tensor]] = {}
 
-    def _begin(self, name: str) -> Any:
-        def hook(block: Any, args: tuple[Any, ...]) -> None:
-            self.running.append((name, block, []))
-
-        return hook
-
-    def _end(self, name: str) -> Any:
-        def hook(block: Any, args: tuple[Any, ...], output: Any) -> None:
-            _, _, steps = self.running.pop()
-            if not steps:
-                why = block._resops_plan.why_not(block, *args)
-                self.paths.append(Path(name, "", "original forward", why))
-
-        return hook
-
-    def hear(self, step: AnyStep | BlockCall, path: str, x: Tensor) -> None:
-        if isinstance(step, BlockCall):  # of resops.nn
+    def hear(self, call: Any, path: str, x: Tensor | None) -> None:
+        if isinstance(call, OriginalCall):
+            self.paths.append(Path(self.names[call.block], "", path, call.why))
             return
-        name, block, steps = self.running[-1]
-        steps.append(step)
-        reasons = (_why(path, x), _convolution(block, step, path, x))
-        why = "; ".join(filter(None, reasons))
-        self.paths.append(Path(join(name, *step.place), step.pattern, path, why))
+        assert x is not None
+        if isinstance(call, StepCall):
+            if call.why is not None:
+                path = f"layer by layer, {path}"
+            reasons = (call.why, _why(path, x), _convolution(call.block, call.step, path, x))
+            name = join(self.names[call.block], *call.step.place)
+            self.paths.append(Path(name, call.step.pattern, path, _joined(*reasons)))
+        elif isinstance(call, observer.BlockCall):
+            self._hear_block(call, path, x)
+        elif call.norm not in self.inside:
+            self._hear_layer(call, x)
+
+    def _hear_block(self, call: observer.BlockCall, path: str, x: Tensor) -> None:
+        self.inside.update(call.norms, call.convolutions)
+        parts = self.names[call.norms[0]].split(".")
+        name = ".".join(parts[: len(parts) - call.levels])
+        if call.why is not None:
+            path = f"layer by layer, {path}"
+        self.paths.append(Path(name, call.pattern, path, _joined(call.why, _why(path, x))))
+
+    def _hear_layer(self, call: observer.NormCall | observer.ConvNormCall, x: Tensor) -> None:
+        norm = call.norm
+        if isinstance(call, observer.ConvNormCall) and not call.folded:
+            self.convolutions[norm] = call.conv, x
+            return
+        if isinstance(call, observer.ConvNormCall):
+            assert isinstance(norm, NormAct)
+            path, why = FOLDED, _runs_after(norm)
+            conv: tuple[nn.Module, Tensor] | None = (call.conv, x)
+        else:
+            path, why = _layer_path(norm, x)
+            conv = self.convolutions.pop(norm, None)
+        if conv is not None and isinstance(norm, NormAct) and conv[1].device.type != "cpu":
+            folded = not norm.training and not torch.is_grad_enabled()
+            why = _joined(why, _convolution_path(*conv, norm.epilogue()[0], folded))
+        act = type(norm.act).__name__
+        pattern = type(norm).__name__ + ("" if act == "Identity" else f"+{act}")
+        self.paths.append(Path(self.names[norm], pattern, path, why))
+
+
+def _joined(*reasons: str | None) -> str:
+    return "; ".join(dict.fromkeys(filter(None, reasons)))
 
 
 def _why(path: str, x: Tensor) -> str:
@@ -132,55 +156,6 @@ def _is_dense(x: Tensor) -> bool:
     )
 
 
-def _layer_paths(model: nn.Module, inputs: tuple[Any, ...]) -> list[Path]:
-    """Of every norm layer of resops.nn, and of every block that is one op, in the order of the
-    calls."""
-    names = {module: name for name, module in model.named_modules()}
-    if not any(isinstance(module, NormAct | NormThenAct) for module in names):
-        return []
-    blocks: list[BlockCall] = []
-    # Modules with hooks would be called one by one: first without, to learn which are not.
-    with torch.random.fork_rng(), observer.listen(lambda call, path, x: blocks.append(call)):
-        model(*inputs)
-    inside = {module for call in blocks for module in (*call.norms, *call.convolutions)}
-    paths: list[Path] = []
-    last: list[tuple[Tensor, Tensor, nn.Module]] = []  # convolution: output, input and itself
-
-    def hear_convolution(conv: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        last[:] = [(output, args[0], conv)]
-
-    def hear(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        path, why = _layer_path(layer, args[0])
-        for output, x, conv in last:
-            if output is args[0] and isinstance(layer, NormAct):
-                folded = not layer.training and not torch.is_grad_enabled()
-                taken = _convolution_path(conv, x, layer.epilogue()[0], folded)
-                why = "; ".join(filter(None, (why, taken)))
-        act = type(layer.act).__name__
-        pattern = type(layer).__name__ + ("" if act == "Identity" else f"+{act}")
-        paths.append(Path(names[layer], pattern, path, why))
-
-    def hear_block(call: BlockCall, path: str, x: Tensor) -> None:
-        paths.append(_block_path(names[call.norms[0]], call, path, x))
-
-    for module in names.keys() - inside:
-        if isinstance(module, NormAct | NormThenAct):
-            module.register_forward_pre_hook(hear)
-        elif isinstance(module, nn.Conv2d | nn.Conv3d) and module.weight.device.type != "cpu":
-            module.register_forward_hook(hear_convolution)
-    with torch.random.fork_rng(), observer.listen(hear_block):
-        model(*inputs)
-    return paths
-
-
-def _block_path(first_norm: str, call: BlockCall, path: str, x: Tensor) -> Path:
-    """Of a block of modules; the name of the first norm in it has that of the block in front."""
-    name = ".".join(first_norm.split(".")[: -call.depth])
-    if call.why is not None:
-        path = f"layer by layer, {path}"
-    return Path(name, call.pattern, path, "; ".join(filter(None, [call.why, _why(path, x)])))
-
-
 def _layer_path(layer: nn.Module, x: Tensor) -> tuple[str, str]:
     """Which kernels a norm layer takes for ``x``, and why no better ones."""
     if isinstance(layer, NormThenAct):
@@ -190,16 +165,19 @@ def _layer_path(layer: nn.Module, x: Tensor) -> tuple[str, str]:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "torch", "group norm has kernels where no gradient is recorded"
     path = _dispatch.choose("batch_norm", x)
+    return path, _joined(_runs_after(layer), _why(path, x))
+
+
+def _runs_after(layer: NormAct) -> str:
     rest = layer.epilogue()[2]
-    after = [f"{type(module).__name__} has no fused form and runs after it" for module in rest]
-    return path, "; ".join([*after, *filter(None, [_why(path, x)])])
+    return _joined(*(f"{type(act).__name__} has no fused form and runs after it" for act in rest))
 
 
 def explain(model: nn.Module, *inputs: Any) -> Explanation:
     """Call a fused model, and tell which path every fused step took, and why no better one.
 
-    Of a model that was not fused, but made of the layers of resops.nn, such as those of
-    resops.models, it tells the path of every norm layer, and of every block that is one op.
+    Of the layers of resops.nn, of which the models of resops.models are made, it tells the path of
+    every norm, and of every block that is one op.
 
     On a GPU it also tells what computes the convolution before a norm, and why.
 
@@ -219,13 +197,12 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain expects an nn.Module, but got {type(model).__name__}")
-    if next(fused_blocks(model), None) is None:
-        paths = _layer_paths(copy.deepcopy(model), inputs)
-        if not paths:
-            raise ValueError("nothing in the model is fused: call resops.fuse(model) first")
-        return Explanation(tuple(paths), FuseReport((), ()))
+    fused = next(fused_blocks(model), None) is not None
+    if not fused and not any(isinstance(m, NormAct | NormThenAct) for m in model.modules()):
+        raise ValueError("nothing in the model is fused: call resops.fuse(model) first")
     other = copy.deepcopy(model)
     listener = _Listener(other)
     with torch.random.fork_rng(), observer.listen(listener.hear):
         other(*inputs)
-    return Explanation(tuple(listener.paths), fuse_report(model))
+    report = fuse_report(model) if fused else FuseReport((), ())
+    return Explanation(tuple(listener.paths), report)

@@ -1,8 +1,9 @@
 """Where fused blocks were measured to be slower than PyTorch's own layers.
 
 Small images, whose calls take as long as their checks. How large images are ``fuse`` cannot know,
-so the block decides in each call. With fewer pixels than these a dense block or layer was slower
-fused (``python -m bench.models.dense_blocks``: fp32, one thread of an Intel Xeon with AVX-512).
+so the block decides in each call. With fewer pixels than these a dense block, a layer of one or a
+transition was slower fused (``python -m bench.models.dense_blocks``: fp32, one and two threads of
+an Intel Xeon with AVX-512).
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ class LeastPixels(NamedTuple):
 
     with_gradients: int
     without: int
+    by_threads: int = 1  # times this with more than one thread: the op has more parts to hand out
 
 
-DENSE_BLOCK = LeastPixels(1000, 1500)
+DENSE_BLOCK = LeastPixels(500, 1500, by_threads=3)
 DENSE_LAYER = LeastPixels(1500, 9000)
+TRANSITION = LeastPixels(4000, 9000)
 
 
 def slower(least: LeastPixels, x: Tensor) -> str:
@@ -38,6 +41,8 @@ def slower(least: LeastPixels, x: Tensor) -> str:
     if x.dim() < 2:  # PyTorch's error
         return ""
     wanted = least.with_gradients if torch.is_grad_enabled() else least.without
+    if torch.get_num_threads() > 1:
+        wanted *= least.by_threads
     pixels = x.numel() // max(x.size(1), 1)
     if pixels >= wanted:
         return ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -83,11 +83,11 @@ class Step:
             if not norm.training and type(conv) in kind.convs:
                 y = folded_conv(conv, norm, keeper, x, residual, activation, slope)
                 if y is not None:
-                    observer.tell(self, FOLDED, x)
+                    observer.tell(StepCall(block, self), FOLDED, x)
                     return y if act is None else act(y)
             x = convolve(conv, x)
         if observer.listening():
-            observer.tell(self, layers.backend_of(norm), x)
+            observer.tell(StepCall(block, self), layers.backend_of(norm), x)
         if residual is None or residual.shape == x.shape:
             y = kind.run(norm, x, residual, activation, slope)
         else:  # one of the two is broadcast
@@ -131,6 +131,14 @@ class AnyStep(Protocol):
     def folds(self) -> tuple[tuple[Path, Path], ...]: ...
     def children(self) -> list[Path]: ...
     def run(self, block: nn.Module, keeper: Any, x: Tensor, residual: Tensor | None) -> Tensor: ...
+
+
+class StepCall(NamedTuple):
+    """What :func:`resops.explain` hears of a step."""
+
+    block: nn.Module
+    step: AnyStep
+    why: str | None = None  # it is computed layer by layer
 
 
 @dataclass

@@ -4,47 +4,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import norm_layers
 from ..nn.norm_layers import NormThenAct, create_norm_act
+from ..nn.std_conv import StdConv2d, StdConv3d
 
 ActLayer = norm_layers.ActLayer
 NormLayer = norm_layers.NormLayer | None
 
+# number of spatial dimensions -> a convolution, and one of standardised filters
+_CONVS: dict[int, tuple[type[nn.Module], type[nn.Module]]] = {
+    2: (nn.Conv2d, StdConv2d),
+    3: (nn.Conv3d, StdConv3d),
+}
 
-class Layers(NamedTuple):
-    """The layers of a network of so many spatial dimensions.
 
-    Attributes:
+class Layers:
+    """Makes the layers of a network of so many spatial dimensions.
+
+    Args:
         dimensions: 2 or 3.
         norm_layer: see :func:`resops.nn.create_norm_act`; None for "batch"; "none" or nn.Identity
             for no norm, and convolutions with a bias.
         act_layer: a class or a name, as in :class:`resops.nn.BatchNormAct2d`; None for none.
+        weight_standardization: of all convolutions, see :class:`resops.nn.StdConv2d`.
     """
 
-    dimensions: int
-    norm_layer: NormLayer = None
-    act_layer: ActLayer = "relu"
+    def __init__(
+        self,
+        dimensions: int = 2,
+        norm_layer: NormLayer = None,
+        act_layer: ActLayer = "relu",
+        weight_standardization: bool = False,
+    ) -> None:
+        self.dimensions = dimensions
+        self.has_norms = norm_layer not in ("none", nn.Identity)
+        self.norm_layer = "batch" if norm_layer is None else norm_layer
+        self.act_layer = act_layer
+        self.weight_standardization = weight_standardization
 
-    @property
-    def has_norms(self) -> bool:
-        return self.norm_layer not in ("none", nn.Identity)
-
-    def norm(self, channels: int, apply_act: bool = True) -> nn.Module:
+    def norm(self, channels: int, act: bool = True) -> Any:
         """A norm with its activation, called with x and, if there is one, a residual.
 
         Raises:
             ValueError: an unknown name of a norm or of an activation.
         """
-        act_layer = self.act_layer if apply_act else None
+        act_layer = self.act_layer if act else None
         if not self.has_norms:
             return NormThenAct(None, act_layer)
-        norm_layer = "batch" if self.norm_layer is None else self.norm_layer
-        return create_norm_act(norm_layer, channels, act_layer, dimensions=self.dimensions)
+        return create_norm_act(self.norm_layer, channels, act_layer, dimensions=self.dimensions)
 
     def conv(
         self,
@@ -52,14 +64,22 @@ class Layers(NamedTuple):
         out_channels: int,
         kernel_size: int = 3,
         stride: int = 1,
+        groups: int = 1,
         padding: int | None = None,
         bias: bool | None = None,
-    ) -> nn.Module:
-        """A convolution; ``padding`` keeps the size, and a bias is there only without a norm."""
-        conv = nn.Conv2d if self.dimensions == 2 else nn.Conv3d
-        pads = kernel_size // 2 if padding is None else padding
-        with_bias = not self.has_norms if bias is None else bias
-        return conv(in_channels, out_channels, kernel_size, stride, pads, bias=with_bias)
+    ) -> Any:
+        """A convolution; by default its output has the input's size / stride, and a bias is there
+        only without a norm."""
+        plain, standardised = _CONVS[self.dimensions]
+        return (standardised if self.weight_standardization else plain)(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            kernel_size // 2 if padding is None else padding,
+            groups=groups,
+            bias=not self.has_norms if bias is None else bias,
+        )
 
     def up_conv(self, in_channels: int, out_channels: int, bias: bool = True) -> nn.Module:
         """Twice the size, by a transposed convolution whose windows do not overlap."""
@@ -122,7 +142,7 @@ def initialise(model: nn.Module, mode: str = "fan_out") -> None:
         else:
             # Windows of a transposed convolution do not overlap: one tap of every channel goes in.
             n = module.in_channels * (1 if isinstance(module, transposed) else taps)
-        nn.init.normal_(module.weight, 0, math.sqrt(2 / n))
+        nn.init.normal_(module.weight, 0, math.sqrt(2) / math.sqrt(n))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

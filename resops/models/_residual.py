@@ -20,7 +20,7 @@ rising linearly from 0 in the first block. docs/math/residual_add.md has the det
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from ..nn.batch_norm import create_activation, fused_activation
 from ..nn.bias_act import BiasAct
-from ..nn.conv_bn_act import Conv2dNormActivation
-from ..nn.norm_layers import ActLayer, NormLayer, create_norm_act
+from ..nn.conv_bn_act import Conv2dNormActivation, Conv3dNormActivation, conv_norm_act, convolve
 from ..nn.random_residual import ResDrop, ShakeDrop, ShakeShake
 from ..nn.residual_add import ResidualAdd
-from ..nn.std_conv import StdConv2d
+from . import _layers
+from ._layers import ActLayer, Layers, NormLayer
 
 RESIDUALS = (
     "sum",
@@ -46,17 +46,16 @@ RESIDUALS = (
 )
 
 
-class ResidualLayers:
-    """Makes the layers of one network's residual blocks.
+class ResidualLayers(Layers):
+    """Makes the layers of a network of residual blocks.
 
     Args:
         blocks: K, the number of residual blocks.
-        norm_layer: see :func:`resops.nn.create_norm_act`; None for "batch", and with
-            ``residual="fixup"`` for the biases that Fixup has in place of norms.
-        act_layer: class or name of the activation, see :class:`resops.nn.BatchNormAct2d`.
+        norm_layer: see :class:`Layers`; None for "batch", and with ``residual="fixup"`` for the
+            biases that Fixup has in place of norms.
         residual: one of RESIDUALS, see the head of this file.
         drop_path_rate: probability with which the last block's branch is dropped, or shaken.
-        weight_standardization: of all convolutions, see :class:`resops.nn.StdConv2d`.
+        act_layer, dimensions, weight_standardization: see :class:`Layers`.
 
     Raises:
         ValueError: an unknown residual; a drop_path_rate outside [0, 1]; a norm with Fixup.
@@ -65,12 +64,14 @@ class ResidualLayers:
     def __init__(
         self,
         blocks: int,
-        norm_layer: NormLayer | None = None,
+        norm_layer: NormLayer = None,
         act_layer: ActLayer = nn.ReLU,
         residual: str = "sum",
         drop_path_rate: float = 0.0,
         weight_standardization: bool = False,
+        dimensions: int = 2,
     ) -> None:
+        super().__init__(dimensions, norm_layer, act_layer, weight_standardization)
         if residual not in RESIDUALS:
             raise ValueError(
                 f"residual must be one of {', '.join(RESIDUALS)}, but got {residual!r}"
@@ -82,47 +83,33 @@ class ResidualLayers:
                 f"residual='fixup' goes without norms, but got norm_layer={norm_layer}"
             )
         self.blocks = blocks
-        self.norm_layer = "batch" if norm_layer is None else norm_layer
-        self.act_layer = act_layer
         self.residual = residual
         self.drop_path_rate = drop_path_rate
-        self.weight_standardization = weight_standardization
 
     @property
     def fixup(self) -> bool:
         return self.residual == "fixup"
 
-    def conv(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        groups: int = 1,
-        padding: int | None = None,
-    ) -> nn.Conv2d:
-        """A convolution without bias; by default its output is the input's size / stride."""
-        layer = StdConv2d if self.weight_standardization else nn.Conv2d
-        padding = kernel_size // 2 if padding is None else padding
-        return layer(
-            in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
-        )
-
     def norm(self, channels: int, act: bool = True) -> Any:
-        """What stands between a convolution and the next: act( norm(x) [+ residual] )."""
+        """See :meth:`Layers.norm`; of Fixup the biases in its place."""
         if self.fixup:
             return FixupBias(channels, self.act_layer if act else None)
-        return create_norm_act(self.norm_layer, channels, self.act_layer, act)
+        return super().norm(channels, act)
 
     def last_norm(self, channels: int, act: bool = True) -> Any:
         """The norm at the end of a branch, after which Fixup has nothing."""
         return nn.Identity() if self.fixup else self.norm(channels, act)
 
+    def enter(self) -> ScalarBias | None:
+        """The bias that Fixup has before the first convolution of a block."""
+        return ScalarBias() if self.fixup else None
+
     def projection(
-        self, in_channels: int, out_channels: int, stride: int, kernel_size: int = 1
-    ) -> Any:
+        self, in_channels: int, out_channels: int, stride: int = 1, kernel_size: int = 1
+    ) -> nn.Sequential:
         """A shortcut by a convolution and a norm."""
-        shortcut = Conv2dNormActivation(
+        kind = Conv2dNormActivation if self.dimensions == 2 else Conv3dNormActivation
+        shortcut = kind(
             in_channels,
             out_channels,
             kernel_size,
@@ -130,7 +117,7 @@ class ResidualLayers:
             padding=0,
             norm_layer=None if self.fixup else lambda channels: self.norm(channels, act=False),
             activation_layer=None,
-            bias=False,
+            bias=not self.has_norms,
         )
         if self.weight_standardization:
             shortcut[0] = self.conv(in_channels, out_channels, kernel_size, stride, padding=0)
@@ -235,68 +222,136 @@ class FixupJoin(Join):
 class ResidualBlock(nn.Module):
     """What the blocks of all residual networks share.
 
-    A subclass has ``chain``, its convolutions and norms, and ``branch``.
+    A subclass defines ``chain``, its convolutions and norms, and sets ``join``; it sets ``enter``
+    where a block begins with a convolution.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.join: Join | None = None
+        self.enter: ScalarBias | None = None
+        self.join: Any = None  # a Join, or None where the last norm's op does it
         self.second: ResidualBlock | None = None  # of shake-shake: only its branch is used
         self.mix: ShakeShake | None = None
 
-    def chain(self) -> tuple[tuple[nn.Conv2d, Any], ...]:
-        """The branch's convolutions, each with its norm."""
+    def chain(self) -> Sequence[tuple[Any, Any]]:
+        """The branch's convolutions, each with the norm behind it, or None if there is none."""
         raise NotImplementedError
 
-    def branch(self, x: Tensor) -> Tensor:
-        """F(x)."""
-        raise NotImplementedError
+    def branch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """F(x), to which the last norm adds the residual."""
+        *first, (last, last_norm) = self.chain()
+        for conv, norm in first:
+            x = conv_norm_act(conv, norm, x)
+        if last_norm is None:
+            return convolve(last, x)
+        return conv_norm_act(last, last_norm, x, residual)
 
     def add_branch(self, other: ResidualBlock) -> None:
         """Let shake-shake mix the branch with that of ``other``."""
         other.join = None
         self.second, self.mix = other, ShakeShake()
 
-    def mixed_branches(self, x: Tensor) -> Tensor:
-        """F(x), or the mixture of both branches."""
+    def entered(self, x: Tensor) -> Tensor:
+        """What the branch and the projection of a shortcut take."""
+        return x if self.enter is None else self.enter(x)
+
+    def joined(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """act( F(x) + shortcut ), the activation of networks that have it behind the sum."""
+        if self.join is None:
+            return self.branch(x, shortcut)
         y = self.branch(x)
-        if self.mix is None or self.second is None:
-            return y
-        mixture: Tensor = self.mix(y, self.second.branch(x))
-        return mixture
+        if self.mix is not None and self.second is not None:
+            y = self.mix(y, self.second.branch(x))
+        joined: Tensor = self.join(y, shortcut)
+        return joined
 
 
-def initialise(model: nn.Module, classifier: nn.Module, layers: ResidualLayers) -> None:
-    """He et al.'s normal weights by fan-out (2015), and Fixup's of it: branches of m convolutions
-    scaled by K^(-1/(2m-2)), their last ones and the classifier 0 (Zhang et al., 2019, section 3).
+class PreActivationBlock(ResidualBlock):
+    """A block that begins with ``norm1``, behind which both branches of shake-shake begin."""
+
+    norm1: Any
+
+    def add_branch(self, other: ResidualBlock) -> None:
+        """See :meth:`ResidualBlock.add_branch`."""
+        assert isinstance(other, PreActivationBlock)
+        other.norm1 = nn.Identity()
+        super().add_branch(other)
+
+
+def create_layers(
+    dimensions: int,
+    residual: bool | str,
+    blocks: int,
+    norm_layer: NormLayer,
+    act_layer: ActLayer,
+    drop_path_rate: float,
+    weight_standardization: bool,
+) -> Layers:
+    """Those of a network that has ``blocks`` residual blocks if it is asked to.
+
+    Args:
+        residual: False for a network without them, True for "sum", or one of RESIDUALS.
+
+    Raises:
+        ValueError: a drop_path_rate without residual blocks; see also :class:`ResidualLayers`.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    if not layers.fixup:
+    if residual:
+        kind = "sum" if residual is True else residual
+        options = (norm_layer, act_layer, kind, drop_path_rate, weight_standardization)
+        return ResidualLayers(blocks, *options, dimensions)
+    if drop_path_rate:
+        raise ValueError(f"drop_path_rate={drop_path_rate} needs residual blocks: residual=True")
+    return Layers(dimensions, norm_layer, act_layer, weight_standardization)
+
+
+def initialise(
+    model: nn.Module,
+    classifiers: Sequence[nn.Module],
+    layers: Layers,
+    mode: str = "fan_out",
+    zero_init_residual: bool = False,
+) -> None:
+    """He et al.'s normal weights (2015), and Fixup's of them: branches of m convolutions scaled by
+    K^(-1/(2m-2)), their last ones and the classifiers 0 (Zhang et al., 2019, section 3).
+
+    Args:
+        classifiers: the layers that make the network's outputs.
+        mode: see :func:`resops.models._layers.initialise`.
+        zero_init_residual: weight 0 at the end of every branch, so that a block begins as its
+            shortcut: of the last norm (Goyal et al., "Accurate, Large Minibatch SGD", 2017, section
+            5.1), or of the last convolution where no norm follows it.
+
+    Raises:
+        ValueError: ``zero_init_residual`` with a norm that has no weight, or without blocks.
+    """
+    _layers.initialise(model, mode)
+    if not isinstance(layers, ResidualLayers):
+        if zero_init_residual:
+            raise ValueError("zero_init_residual needs residual blocks: residual=True")
         return
     for block in model.modules():
         if isinstance(block, ResidualBlock):
-            *convs, last = (conv for conv, _ in block.chain())
-            with torch.no_grad():
-                for conv in convs:
-                    conv.weight.mul_(layers.blocks ** (-1 / (2 * len(convs))))
-            nn.init.zeros_(last.weight)
-    for parameter in classifier.parameters():
-        nn.init.zeros_(parameter)
+            chain = block.chain()
+            if layers.fixup:
+                with torch.no_grad():
+                    for conv, _ in chain[:-1]:
+                        conv.weight.mul_(layers.blocks ** (-1 / (2 * len(chain) - 2)))
+                nn.init.zeros_(chain[-1][0].weight)
+            if zero_init_residual:
+                _zero(chain[-1])
+    if layers.fixup:
+        for classifier in classifiers:
+            for parameter in classifier.parameters():
+                nn.init.zeros_(parameter)
 
 
-def zero_last_norms(model: nn.Module) -> None:
-    """Weight 0 in the last norm of every block, which then starts as its shortcut (Goyal et al.,
-    "Accurate, Large Minibatch SGD", 2017, section 5.1).
-
-    Raises:
-        ValueError: a norm without weight.
-    """
-    for block in model.modules():
-        if isinstance(block, ResidualBlock):
-            norm = block.chain()[-1][1]
-            if getattr(norm, "weight", None) is None:
-                kind = type(norm).__name__
-                raise ValueError(f"zero_init_residual needs a weight of norms, but {kind} has none")
-            nn.init.zeros_(norm.weight)
+def _zero(last: tuple[Any, Any]) -> None:
+    """Let a branch that ends in this convolution and norm be 0."""
+    conv, norm = last
+    if norm is None or isinstance(norm, nn.Identity):
+        nn.init.zeros_(conv.weight)
+        return
+    if getattr(norm, "weight", None) is None:
+        kind = type(norm).__name__
+        raise ValueError(f"zero_init_residual needs a weight of norms, but {kind} has none")
+    nn.init.zeros_(norm.weight)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..nn.conv_bn_act import conv_norm_act
 from ._features import Backbone, FeatureMap
 from ._registry import register_model
-from ._residual import ResidualLayers, ScalarBias, initialise, zero_last_norms
+from ._residual import ResidualLayers, ScalarBias, initialise
 from .resnet import BasicBlock
 
 SHORTCUTS = ("A", "B", "pool", "conv2")
@@ -130,9 +130,7 @@ class CifarResNet(Backbone):
         if layers.fixup:
             self.avgpool = nn.Sequential(self.avgpool, ScalarBias())
         self.fc = nn.Linear(64, num_classes)
-        initialise(self, self.fc, layers)
-        if zero_init_residual:
-            zero_last_norms(self)
+        initialise(self, [self.fc], layers, zero_init_residual=zero_init_residual)
         stages = [(f"layer{i}", 8 << i, 1 << (i - 1)) for i in (1, 2, 3)]
         self.feature_info = tuple(FeatureMap(*row) for row in [("bn1", 16, 1), *stages])
         if features_only:

@@ -8,6 +8,7 @@ seed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..nn.residual_add import ResidualAdd
 from ._features import Backbone, FeatureMap
 from ._layers import check_image
 from ._registry import register_model
+from ._residual import Join, ResidualBlock, ResidualLayers
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -42,17 +44,22 @@ class Permute(nn.Module):
         return x.permute(self.dims)
 
 
-class ConvNeXtBlock(nn.Module):
+class ConvNeXtBlock(ResidualBlock):
     """y = x + layer_scale * F(x).
 
     Args:
         channels: C.
         layer_scale: first value of the scale, of which there is one for each channel.
         drop_path_rate: in training, the probability with which the branch of a sample is left out.
+        join: another join of branch and shortcut, in which the drop_path_rate is.
     """
 
     def __init__(
-        self, channels: int, layer_scale: float = 1e-6, drop_path_rate: float = 0.0
+        self,
+        channels: int,
+        layer_scale: float = 1e-6,
+        drop_path_rate: float = 0.0,
+        join: Join | None = None,
     ) -> None:
         super().__init__()
         self.block = nn.Sequential(
@@ -65,11 +72,17 @@ class ConvNeXtBlock(nn.Module):
             Permute(0, 3, 1, 2),
         )
         self.layer_scale = nn.Parameter(torch.full((channels, 1, 1), layer_scale))
-        self.join = ResidualAdd(drop_prob=drop_path_rate)
+        self.join: Any = join or Join(ResidualAdd, (), {"drop_prob": drop_path_rate}, None)
+
+    def branch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """layer_scale * F(x)."""
+        assert residual is None
+        y: Tensor = self.layer_scale * self.block(x)
+        return y
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same size."""
-        return self.join(self.layer_scale * self.block(x), x)
+        return self.joined(x, x)
 
 
 class ConvNeXt(Backbone):
@@ -82,7 +95,12 @@ class ConvNeXt(Backbone):
         in_chans: channels of the image.
         drop_path_rate: of the last block; it grows linearly from 0 at the first one.
         layer_scale: see :class:`ConvNeXtBlock`.
+        residual: how branch and shortcut are joined, see :class:`ResidualLayers`; not "fixup",
+            which goes without norms.
         features_only, out_indices: return the outputs of the stages in place of logits.
+
+    Raises:
+        ValueError: an unknown residual, or "fixup"; an index without feature map.
     """
 
     def __init__(
@@ -93,13 +111,16 @@ class ConvNeXt(Backbone):
         in_chans: int = 3,
         drop_path_rate: float = 0.0,
         layer_scale: float = 1e-6,
+        residual: str = "sum",
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
         features: list[nn.Module] = []
-        done, last = 0, max(sum(depths) - 1, 1)
+        joins = ResidualLayers(sum(depths), "layer", None, residual, drop_path_rate).joins(
+            act=False
+        )
         for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
             if stage == 0:
                 stem = nn.Conv2d(in_chans, width, 4, stride=4)
@@ -108,10 +129,14 @@ class ConvNeXt(Backbone):
                 before = widths[stage - 1]
                 down = nn.Conv2d(before, width, 2, stride=2)
                 features.append(nn.Sequential(LayerNorm2d(before, eps=1e-6), down))
-            rates = [drop_path_rate * i / last for i in range(done, done + depth)]
-            blocks = (ConvNeXtBlock(width, layer_scale, rate) for rate in rates)
+            blocks = [
+                ConvNeXtBlock(width, layer_scale, join=join)
+                for join in itertools.islice(joins, depth)
+            ]
+            if residual == "shake_shake":
+                for block in blocks:
+                    block.add_branch(ConvNeXtBlock(width, layer_scale))
             features.append(nn.Sequential(*blocks))
-            done += depth
         self.features = nn.Sequential(*features)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(

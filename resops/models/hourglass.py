@@ -10,6 +10,7 @@ supervised and go back into the features of the next. Blocks are pre-activation 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,50 +19,75 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..nn.conv_bn_act import conv_norm_act
-from ._layers import ActLayer, Layers, NormLayer, check_image, initialise
+from ._layers import ActLayer, NormLayer, check_image
 from ._registry import register_model
+from ._residual import Join, PreActivationBlock, ResidualLayers, initialise
 
 
-class ResidualModule(nn.Module):
+class ResidualModule(PreActivationBlock):
     """shortcut(x) + F(x), F norm-activation-convolution three times: 1x1, 3x3 and 1x1, the first
     two of half the channels."""
 
-    def __init__(self, in_channels: int, channels: int, layers: Layers) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        layers: ResidualLayers,
+        join: Join | None,
+        shortcut: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         half = channels // 2
+        bias = not layers.fixup  # whose norms' places have one
         self.norm1 = layers.norm(in_channels)
-        self.conv1 = layers.conv(in_channels, half, 1, bias=True)
+        self.conv1 = layers.conv(in_channels, half, 1, bias=bias)
         self.norm2 = layers.norm(half)
-        self.conv2 = layers.conv(half, half, 3, bias=True)
+        self.conv2 = layers.conv(half, half, 3, bias=bias)
         self.norm3 = layers.norm(half)
-        self.conv3 = layers.conv(half, channels, 1, bias=True)
-        self.shortcut: nn.Module | None = None
-        if in_channels != channels:
-            self.shortcut = layers.conv(in_channels, channels, 1, bias=True)
+        self.conv3 = layers.conv(half, channels, 1, bias=bias)
+        self.shortcut = shortcut
+        self.join = join
+
+    def chain(self) -> tuple[tuple[Any, Any], ...]:
+        return (self.conv1, self.norm2), (self.conv2, self.norm3), (self.conv3, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = conv_norm_act(self.conv1, self.norm2, self.norm1(x))
-        y = conv_norm_act(self.conv2, self.norm3, y)
-        return functional.residual_add(
-            self.conv3(y), x if self.shortcut is None else self.shortcut(x)
-        )
+        return self.joined(self.norm1(x), x if self.shortcut is None else self.shortcut(x))
+
+
+MakeModule = Callable[[int, int], ResidualModule]
+
+
+def residual_modules(layers: ResidualLayers) -> MakeModule:
+    """What makes a network's residual modules, of so many channels before and behind each."""
+    joins = layers.joins(act=False)
+
+    def make(in_channels: int, channels: int) -> ResidualModule:
+        shortcut = None
+        if in_channels != channels:
+            shortcut = layers.conv(in_channels, channels, 1, bias=True)
+        join = next(joins)
+        module = ResidualModule(in_channels, channels, layers, join, shortcut)
+        if layers.residual == "shake_shake":
+            module.add_branch(ResidualModule(in_channels, channels, layers, join))
+        return module
+
+    return make
 
 
 class Hourglass(nn.Module):
     """One hourglass of ``depth`` halvings; the output has the size of the input."""
 
-    def __init__(self, depth: int, channels: int, blocks: int, layers: Layers) -> None:
+    def __init__(self, depth: int, channels: int, blocks: int, make: MakeModule) -> None:
         super().__init__()
 
         def chain() -> nn.Sequential:
-            return nn.Sequential(
-                *(ResidualModule(channels, channels, layers) for _ in range(blocks))
-            )
+            return nn.Sequential(*(make(channels, channels) for _ in range(blocks)))
 
         self.skip = chain()
-        self.pool = layers.max_pool()
+        self.pool = nn.MaxPool2d(2)
         self.before = chain()
-        self.inner = Hourglass(depth - 1, channels, blocks, layers) if depth > 1 else chain()
+        self.inner = Hourglass(depth - 1, channels, blocks, make) if depth > 1 else chain()
         self.after = chain()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,10 +107,12 @@ class StackedHourglass(nn.Module):
         depth: halvings within an hourglass.
         blocks: residual blocks between two changes of resolution.
         norm_layer, act_layer: as in :class:`resops.models.UNet`.
+        residual, drop_path_rate, weight_standardization: see :class:`ResidualLayers`.
+        zero_init_residual: start with weight 0 in the last convolution of every branch.
 
     Raises:
-        ValueError: an unknown norm or activation; less than one stack, halving or block; a width
-            that is no multiple of 4.
+        ValueError: an unknown norm, activation or residual; less than one stack, halving or block;
+            a width that is no multiple of 4.
 
     Shape: (N, in_chans, H, W) to a list of ``num_stacks`` tensors (N, num_classes, H / 4, W / 4), H
         and W of 2 ** (depth + 2) - 1 or more; the loss is the sum over the list (section 3.2), and
@@ -101,6 +129,10 @@ class StackedHourglass(nn.Module):
         blocks: int = 1,
         norm_layer: NormLayer = None,
         act_layer: ActLayer = "relu",
+        residual: str = "sum",
+        drop_path_rate: float = 0.0,
+        zero_init_residual: bool = False,
+        weight_standardization: bool = False,
     ) -> None:
         super().__init__()
         if min(num_stacks, depth, blocks) < 1 or width % 4:
@@ -110,18 +142,21 @@ class StackedHourglass(nn.Module):
             )
         self.num_classes, self.in_chans = num_classes, in_chans
         self.least_size = 2 ** (depth + 2) - 1
-        layers = Layers(2, norm_layer, act_layer)
+        modules = 3 + num_stacks * blocks * (3 * depth + 2)
+        layers = ResidualLayers(
+            modules, norm_layer, act_layer, residual, drop_path_rate, weight_standardization
+        )
+        module = residual_modules(layers)
         self.conv1 = layers.conv(in_chans, width // 4, 7, stride=2, bias=True)
         self.norm1 = layers.norm(width // 4)
-        self.layer1 = ResidualModule(width // 4, width // 2, layers)
+        self.layer1 = module(width // 4, width // 2)
         self.pool = layers.max_pool()
-        self.layer2 = ResidualModule(width // 2, width // 2, layers)
-        self.layer3 = ResidualModule(width // 2, width, layers)
+        self.layer2 = module(width // 2, width // 2)
+        self.layer3 = module(width // 2, width)
         stacks = range(num_stacks)
-        self.hourglasses = nn.ModuleList(Hourglass(depth, width, blocks, layers) for _ in stacks)
+        self.hourglasses = nn.ModuleList(Hourglass(depth, width, blocks, module) for _ in stacks)
         self.residuals = nn.ModuleList(
-            nn.Sequential(*(ResidualModule(width, width, layers) for _ in range(blocks)))
-            for _ in stacks
+            nn.Sequential(*(module(width, width) for _ in range(blocks))) for _ in stacks
         )
         self.convs = nn.ModuleList(layers.conv(width, width, 1, bias=True) for _ in stacks)
         self.norms = nn.ModuleList(layers.norm(width) for _ in stacks)
@@ -134,7 +169,7 @@ class StackedHourglass(nn.Module):
         self.merge_heatmaps = nn.ModuleList(
             layers.conv(num_classes, width, 1, bias=True) for _ in between
         )
-        initialise(self)
+        initialise(self, list(self.heads), layers, zero_init_residual=zero_init_residual)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, in_chans, H, W) to the heatmaps of every stack."""

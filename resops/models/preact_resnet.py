@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.conv_bn_act import conv_norm_act
+from ..nn.conv_bn_act import conv_norm_act, convolve
 from ._features import Backbone, FeatureMap
 from ._registry import register_model
-from ._residual import Join, ResidualBlock, ResidualLayers, ScalarBias, initialise
+from ._residual import Join, PreActivationBlock, ResidualLayers, ScalarBias, initialise
 
 
-class PreActBlock(ResidualBlock):
+class PreActBlock(PreActivationBlock):
     """y = x + F( act( norm(x) ) ), or with the projection of what is activated for x."""
 
     expansion: int
@@ -46,27 +46,11 @@ class PreActBlock(ResidualBlock):
             self.downsample = nn.Sequential(OrderedDict(conv=conv))
         self.norm1 = layers.norm(in_channels)
 
-    def add_branch(self, other: ResidualBlock) -> None:
-        """See :meth:`ResidualBlock.add_branch`; both branches begin after the same norm."""
-        assert isinstance(other, PreActBlock)
-        other.norm1 = nn.Identity()
-        super().add_branch(other)
-
-    def branch(self, x: Tensor) -> Tensor:
-        """F of what ``norm1`` returned."""
-        *first, (last, _) = self.chain()
-        for conv, norm in first:
-            x = conv_norm_act(conv, norm, x)
-        y: Tensor = last(x)
-        return y
-
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C, H / stride, W / stride)."""
         activated = self.norm1(x)
         shortcut = x if self.downsample is None else self.downsample(activated)
-        assert self.join is not None
-        y: Tensor = self.join(self.mixed_branches(activated), shortcut)
-        return y
+        return self.joined(activated, shortcut)
 
 
 class PreActBasic(PreActBlock):
@@ -95,10 +79,11 @@ class PreActBasic(PreActBlock):
     def chain(self) -> tuple[tuple[nn.Conv2d, Any], ...]:
         return (self.conv1, self.norm2), (self.conv2, None)
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """F of what ``norm1`` returned."""
-        y: Tensor = self.conv2(self.dropout(conv_norm_act(self.conv1, self.norm2, x)))
-        return y
+        assert residual is None
+        y = conv_norm_act(self.conv1, self.norm2, x)
+        return convolve(self.conv2, self.dropout(y))
 
 
 class PreActBottleneck(PreActBlock):
@@ -204,15 +189,11 @@ class PreActResNet(Backbone):
             self.head.add_module("bias", ScalarBias())
         classifier = nn.Conv2d(in_channels, num_classes, 1)
         self.head.add_module("fc", classifier)
-        initialise(self, classifier, made_of)
+        initialise(self, [classifier], made_of, zero_init_residual=zero_init_residual)
         if not made_of.fixup:
             nn.init.normal_(classifier.weight, 0, 0.01)
             assert classifier.bias is not None
             nn.init.zeros_(classifier.bias)
-        if zero_init_residual:
-            for module in self.modules():
-                if isinstance(module, PreActBlock):
-                    nn.init.zeros_(module.chain()[-1][0].weight)
         self.feature_info = tuple(maps)
         if features_only:
             self.keep_features(out_indices)

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from ..nn.batch_norm_act_max_pool import norm_act_max_pool
 from ..nn.conv_bn_act import conv_norm_act
-from ..nn.norm_layers import ActLayer, NormLayer
 from ..nn.residual_block import residual_block
 from ._features import Backbone, FeatureMap
+from ._layers import ActLayer, NormLayer
 from ._registry import register_model
-from ._residual import Join, ResidualBlock, ResidualLayers, ScalarBias, initialise, zero_last_norms
+from ._residual import Join, ResidualBlock, ResidualLayers, ScalarBias, initialise
 
 
 class Block(ResidualBlock):
@@ -40,15 +40,8 @@ class Block(ResidualBlock):
     ) -> None:
         """What stands beside the branch: registered after it, as torchvision's blocks have it."""
         self.downsample = downsample
-        self.enter = ScalarBias() if layers.fixup else None
+        self.enter = layers.enter()
         self.join = join
-
-    def branch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """F(x), to which the last norm adds the residual."""
-        *first, (conv, norm) = self.chain()
-        for conv_before, norm_before in first:
-            x = conv_norm_act(conv_before, norm_before, x)
-        return conv_norm_act(conv, norm, x, residual)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C, H / stride, W / stride)."""
@@ -57,12 +50,8 @@ class Block(ResidualBlock):
             joined = residual_block(chain, self.downsample, x, recompute=self.recompute)
             if joined is not None:
                 return joined
-        entered = x if self.enter is None else self.enter(x)
-        shortcut = x if self.downsample is None else self.downsample(entered)
-        if self.join is None:
-            return self.branch(entered, shortcut)
-        joined = self.join(self.mixed_branches(entered), shortcut)
-        return joined
+        entered = self.entered(x)
+        return self.joined(entered, x if self.downsample is None else self.downsample(entered))
 
 
 class BasicBlock(Block):
@@ -170,7 +159,7 @@ class ResNet(Backbone):
         zero_init_residual: bool = False,
         groups: int = 1,
         width_per_group: int = 64,
-        norm_layer: NormLayer | None = None,
+        norm_layer: NormLayer = None,
         act_layer: ActLayer = nn.ReLU,
         residual: str = "sum",
         drop_path_rate: float = 0.0,
@@ -206,9 +195,7 @@ class ResNet(Backbone):
         if made_of.fixup:
             self.avgpool = nn.Sequential(self.avgpool, ScalarBias())
         self.fc = nn.Linear(in_channels, num_classes)
-        initialise(self, self.fc, made_of)
-        if zero_init_residual:
-            zero_last_norms(self)
+        initialise(self, [self.fc], made_of, zero_init_residual=zero_init_residual)
         for module in self.modules():
             if isinstance(module, Block):
                 module.block_op = block_op or memory_efficient

@@ -10,11 +10,10 @@ implementation that most people use (github.com/milesial/Pytorch-UNet).
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,11 +23,13 @@ from ..nn import recomputed_input
 from ..nn.batch_norm import is_plain
 from ..nn.conv_bn_act import conv_norm_act
 from ..nn.residual_block import double_conv
-from ._layers import ActLayer, Layers, NormLayer, check_image, fit, initialise
+from ._layers import ActLayer, Layers, NormLayer, check_image, fit
 from ._registry import register_model
+from ._residual import Join, ResidualBlock, ResidualLayers, create_layers, initialise
 
 WIDTHS = (64, 128, 256, 512, 1024)
 LEAST_ELEMENTS = 2**18  # of the output of a double convolution that is one op unasked
+Channels = tuple[int, int, int]
 
 
 class ConvNormActs(nn.Sequential):
@@ -42,21 +43,26 @@ class ConvNormActs(nn.Sequential):
 
     block_op: bool | None = None
 
+    def pairs(self) -> list[tuple[Any, Any]]:
+        """Each convolution with its norm."""
+        modules = list(self._modules.values())
+        return list(zip(modules[::2], modules[1::2], strict=True))
+
     def forward(self, x: Tensor | Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
         """``residual`` is added before the last activation.
 
         Args:
             x: one tensor, or several side by side along the channels.
         """
-        modules: list[Any] = list(self._modules.values())
-        pairs = list(zip(modules[::2], modules[1::2], strict=True))
+        pairs = self.pairs()
         if residual is None and len(pairs) == 2 and self._wants_block_op(pairs[-1][0], x):
             y = double_conv(pairs, x)
             if y is not None:
                 return y
-        for conv, norm in pairs[:-1]:
+        *first, last = pairs
+        for conv, norm in first:
             x = conv_norm_act(conv, norm, x)
-        return conv_norm_act(*pairs[-1], x, residual)
+        return conv_norm_act(*last, x, residual)
 
     def _wants_block_op(self, last: Any, x: Tensor | Sequence[Tensor]) -> bool:
         if self.block_op is not None:
@@ -66,44 +72,91 @@ class ConvNormActs(nn.Sequential):
         return bool(pixels * getattr(last, "out_channels", 0) >= LEAST_ELEMENTS)
 
 
+def _two_convs(channels: Channels, layers: Layers, last_norm: Any, padding: int) -> ConvNormActs:
+    """The names are places: at 2 and 5 the common implementation has its activations."""
+    in_channels, mid_channels, out_channels = channels
+    modules = OrderedDict[str, nn.Module]()
+    modules["0"] = layers.conv(in_channels, mid_channels, padding=padding)
+    modules["1"] = layers.norm(mid_channels)
+    modules["3"] = layers.conv(mid_channels, out_channels, padding=padding)
+    modules["4"] = last_norm
+    return ConvNormActs(modules)
+
+
 class DoubleConv(nn.Module):
     """Two 3x3 convolutions, each with its norm and activation.
 
     Args:
-        residual: add the input before the last activation, through a 1x1 convolution and a norm
-            where the number of channels changes (He et al., 2015, Figure 5, left).
+        channels: of the input, between the two, and of the output.
         padding: 1 keeps the size, 0 is a valid convolution.
+    """
+
+    def __init__(self, channels: Channels, layers: Layers, padding: int = 1) -> None:
+        super().__init__()
+        self.double_conv = _two_convs(channels, layers, layers.norm(channels[-1]), padding)
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        return self.double_conv(x)
+
+
+class ResidualDoubleConv(ResidualBlock):
+    """Two 3x3 convolutions, to which the input is added before the last activation (He et al.,
+    2015, Figure 5, left).
+
+    Args:
+        channels: see :class:`DoubleConv`.
+        shortcut: what the input goes through; None for the identity.
     """
 
     def __init__(
         self,
-        in_channels: int,
-        mid_channels: int,
-        out_channels: int,
-        layers: Layers,
-        residual: bool = False,
-        padding: int = 1,
+        channels: Channels,
+        layers: ResidualLayers,
+        join: Join | None,
+        shortcut: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        modules = OrderedDict[str, nn.Module]()
-        # The names are places: at 2 and 5 the common implementation has its activations.
-        modules["0"] = layers.conv(in_channels, mid_channels, padding=padding)
-        modules["1"] = layers.norm(mid_channels)
-        modules["3"] = layers.conv(mid_channels, out_channels, padding=padding)
-        modules["4"] = layers.norm(out_channels)
-        self.double_conv = ConvNormActs(modules)
-        self.residual = residual
-        self.shortcut: nn.Module | None = None
-        if residual and in_channels != out_channels:
-            projection = layers.conv(in_channels, out_channels, 1)
-            self.shortcut = ConvNormActs(projection, layers.norm(out_channels, apply_act=False))
+        last_norm = layers.last_norm(channels[-1], act=join is None)
+        self.double_conv = _two_convs(channels, layers, last_norm, padding=1)
+        self.shortcut = shortcut
+        self.enter = layers.enter()
+        self.join = join
+
+    def chain(self) -> list[tuple[Any, Any]]:
+        return self.double_conv.pairs()
+
+    def branch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """See :meth:`ResidualBlock.branch`."""
+        return self.double_conv(x, residual)
 
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
-        if not self.residual:
-            return self.double_conv(x)
         if not isinstance(x, Tensor):  # two convolutions, or an addition, need it whole
             x = torch.cat(list(x), 1)
-        return self.double_conv(x, x if self.shortcut is None else self.shortcut(x))
+        entered = self.entered(x)
+        return self.joined(entered, x if self.shortcut is None else self.shortcut(entered))
+
+
+def double_convs(layers: Layers, padding: int = 1) -> Callable[[int, int, int], nn.Module]:
+    """What makes a network's double convolutions, from the input's to the output's: of so many
+    channels before, between and behind the two."""
+    if not isinstance(layers, ResidualLayers):
+        return lambda *channels: DoubleConv(channels, layers, padding)
+    joins = layers.joins()
+
+    def residual_block(
+        in_channels: int, mid_channels: int, out_channels: int
+    ) -> ResidualDoubleConv:
+        channels = in_channels, mid_channels, out_channels
+        shortcut = None
+        if in_channels != out_channels:
+            shortcut = layers.projection(in_channels, out_channels)
+        join = next(joins)
+        block = ResidualDoubleConv(channels, layers, join, shortcut)
+        if layers.residual == "shake_shake":
+            block.add_branch(ResidualDoubleConv(channels, layers, join))
+        return block
+
+    return residual_block
 
 
 def choose_block_op(model: nn.Module, block_op: bool | None) -> None:
@@ -178,7 +231,11 @@ class UNet(nn.Module):
             norm (and convolutions with a bias).
         act_layer: the activation, a name or a class. nnU-Net (Isensee et al., 2021) has
             ``norm_layer="instance", act_layer="leaky_relu"``.
-        residual: every double convolution is a residual block.
+        residual: every double convolution is a residual block; a name, such as "skip_init", says
+            how branch and shortcut are joined, see :class:`ResidualLayers`.
+        drop_path_rate, zero_init_residual: of the residual blocks, as in
+            :class:`resops.models.ResNet`.
+        weight_standardization: of all but the transposed convolutions.
         padded: convolutions keep the size, and the output has the size of the image; else they are
             valid, as in the paper, and so is the crop of the skip connections.
         drop_rate: of the dropout at the end of the contracting path (section 3.1 of the paper).
@@ -189,8 +246,8 @@ class UNet(nn.Module):
             the memory is little, and what a call costs in Python is seen.
 
     Raises:
-        ValueError: an unknown norm or activation; fewer than two widths; residual blocks of valid
-            convolutions.
+        ValueError: an unknown norm, activation or residual; fewer than two widths; residual blocks
+            of valid convolutions; options of residual blocks without these.
 
     Shape: (N, in_chans, H, W) to (N, num_classes, H, W); valid convolutions return
         ``output_size(H)`` rows and so many columns.
@@ -204,9 +261,12 @@ class UNet(nn.Module):
         bilinear: bool = False,
         norm_layer: NormLayer = None,
         act_layer: ActLayer = "relu",
-        residual: bool = False,
+        residual: bool | str = False,
         padded: bool = True,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        zero_init_residual: bool = False,
+        weight_standardization: bool = False,
         block_op: bool | None = None,
     ) -> None:
         super().__init__()
@@ -217,10 +277,16 @@ class UNet(nn.Module):
         self.num_classes, self.in_chans = num_classes, in_chans
         self.padded = padded
         self.levels = len(widths) - 1
-        layers = Layers(2, norm_layer, act_layer)
-        double_conv = functools.partial(
-            DoubleConv, layers=layers, residual=residual, padding=int(padded)
+        layers = create_layers(
+            2,
+            residual,
+            2 * len(widths) - 1,
+            norm_layer,
+            act_layer,
+            drop_path_rate,
+            weight_standardization,
         )
+        double_conv = double_convs(layers, int(padded))
         factor = 2 if bilinear else 1
         channels = [*widths[:-1], widths[-1] // factor]  # where two resolutions meet
         self.inc = double_conv(in_chans, widths[0], widths[0])
@@ -239,7 +305,8 @@ class UNet(nn.Module):
             below = wide_out
         self.outc = OutConv(below, num_classes, layers)
         choose_block_op(self, block_op)
-        initialise(self, mode="fan_in")  # section 3 of the paper
+        # "fan_in": section 3 of the paper
+        initialise(self, [self.outc], layers, "fan_in", zero_init_residual)
         self.least_size = next(n for n in itertools.count(1) if self.output_size(n) > 0)
 
     @property
@@ -282,7 +349,7 @@ def unet(num_classes: int = 2, in_chans: int = 3, **kwargs: Any) -> UNet:
 @register_model
 def residual_unet(num_classes: int = 2, in_chans: int = 3, **kwargs: Any) -> UNet:
     """The padded U-Net of residual blocks. ``kwargs`` are those of :class:`UNet`."""
-    return UNet(num_classes, in_chans, residual=True, **kwargs)
+    return UNet(num_classes, in_chans, **{"residual": True, **kwargs})
 
 
 @register_model

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._layers import ActLayer, Layers, NormLayer, check_image, initialise
+from ._layers import ActLayer, NormLayer, check_image
 from ._registry import register_model
-from .unet import DoubleConv, Down, OutConv, Up, choose_block_op
+from ._residual import create_layers, initialise
+from .unet import Down, OutConv, Up, choose_block_op, double_convs
 
 
 class UNet3d(nn.Module):
@@ -28,10 +29,12 @@ class UNet3d(nn.Module):
         widths: channels at each resolution after its second convolution, from fine to coarse; after
             the first one there are half as many.
         trilinear: upsample by interpolation; else by transposed convolutions.
-        norm_layer, act_layer, residual, block_op: as in :class:`resops.models.UNet`.
+        norm_layer, act_layer, residual, drop_path_rate, zero_init_residual, weight_standardization,
+        block_op: as in :class:`resops.models.UNet`.
 
     Raises:
-        ValueError: an unknown norm or activation; fewer than two widths.
+        ValueError: an unknown norm, activation or residual; fewer than two widths; options of
+            residual blocks without these.
 
     Shape: (N, in_chans, D, H, W) to (N, num_classes, D, H, W).
     """
@@ -44,7 +47,10 @@ class UNet3d(nn.Module):
         trilinear: bool = False,
         norm_layer: NormLayer = None,
         act_layer: ActLayer = "relu",
-        residual: bool = False,
+        residual: bool | str = False,
+        drop_path_rate: float = 0.0,
+        zero_init_residual: bool = False,
+        weight_standardization: bool = False,
         block_op: bool | None = None,
     ) -> None:
         super().__init__()
@@ -52,19 +58,28 @@ class UNet3d(nn.Module):
             raise ValueError(f"widths must be two numbers or more, but got {widths}")
         self.num_classes, self.in_chans = num_classes, in_chans
         self.levels = len(widths) - 1
-        layers = Layers(3, norm_layer, act_layer)
-        self.inc = DoubleConv(in_chans, widths[0] // 2, widths[0], layers, residual)
+        layers = create_layers(
+            3,
+            residual,
+            2 * len(widths) - 1,
+            norm_layer,
+            act_layer,
+            drop_path_rate,
+            weight_standardization,
+        )
+        double_conv = double_convs(layers)
+        self.inc = double_conv(in_chans, widths[0] // 2, widths[0])
         self.downs = nn.ModuleList(
-            Down(layers.max_pool(), DoubleConv(wide, wide, wider, layers, residual))
+            Down(layers.max_pool(), double_conv(wide, wide, wider))
             for wide, wider in itertools.pairwise(widths)
         )
         self.ups = nn.ModuleList()
         for wide, below in zip(reversed(widths[:-1]), reversed(widths[1:]), strict=True):
             up = layers.upsample() if trilinear else layers.up_conv(below, below, bias=False)
-            self.ups.append(Up(up, DoubleConv(wide + below, wide, wide, layers, residual)))
+            self.ups.append(Up(up, double_conv(wide + below, wide, wide)))
         self.outc = OutConv(widths[0], num_classes, layers)
         choose_block_op(self, block_op)
-        initialise(self, mode="fan_in")
+        initialise(self, [self.outc], layers, "fan_in", zero_init_residual)
 
     @property
     def margin(self) -> int:

@@ -61,13 +61,13 @@ class UNetPlusPlus(nn.Module):
         self.pool = layers.max_pool()
         for i, wide in enumerate(widths):
             before = in_chans if i == 0 else widths[i - 1]
-            self.add_module(f"conv{i}_0", DoubleConv(before, wide, wide, layers))
+            self.add_module(f"conv{i}_0", DoubleConv((before, wide, wide), layers))
         for j in range(1, len(widths)):
             for i, (wide, below) in enumerate(itertools.pairwise(widths[: len(widths) - j + 1])):
                 up = layers.upsample() if bilinear else layers.up_conv(below, wide)
                 joined = j * wide + (below if bilinear else wide)
                 self.add_module(f"up{i}_{j}", up)
-                self.add_module(f"conv{i}_{j}", DoubleConv(joined, wide, wide, layers))
+                self.add_module(f"conv{i}_{j}", DoubleConv((joined, wide, wide), layers))
         heads = range(1, len(widths)) if deep_supervision else [self.levels]
         self.heads = [f"final{j}" if deep_supervision else "final" for j in heads]
         for name in self.heads:

@@ -15,24 +15,38 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.conv_bn_act import conv_norm_act
-from ._layers import ActLayer, Layers, NormLayer, check_image, fit, initialise
+from ._layers import ActLayer, NormLayer, check_image, fit
 from ._registry import register_model
+from ._residual import Join, ResidualBlock, ResidualLayers, initialise
 from .unet import ConvNormActs
 
 
-class ResidualStage(nn.Module):
+class ResidualStage(ResidualBlock):
     """act( F(x) + shortcut ), F a chain of 5x5x5 convolutions."""
 
-    def __init__(self, in_channels: int, channels: int, convs: int, layers: Layers) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, convs: int, layers: ResidualLayers, join: Join | None
+    ) -> None:
         super().__init__()
         modules: list[nn.Module] = []
         for i in range(convs):
             modules.append(layers.conv(channels if i else in_channels, channels, 5))
-            modules.append(layers.norm(channels))
+            last = i == convs - 1
+            norm = layers.last_norm(channels, join is None) if last else layers.norm(channels)
+            modules.append(norm)
         self.convs = ConvNormActs(*modules)
+        self.enter = layers.enter()
+        self.join = join
+
+    def chain(self) -> list[tuple[Any, Any]]:
+        return self.convs.pairs()
+
+    def branch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """See :meth:`ResidualBlock.branch`."""
+        return self.convs(x, residual)
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        return self.convs(x, shortcut)
+        return self.joined(self.entered(x), shortcut)
 
 
 class Resize(nn.Module):
@@ -58,10 +72,12 @@ class VNet(nn.Module):
         depths: convolutions of each stage of the contracting path; the expanding path has as many.
         norm_layer, act_layer: as in :class:`resops.models.UNet`; "prelu", the paper's activation,
             runs after the op.
+        residual, drop_path_rate, weight_standardization: see :class:`ResidualLayers`.
+        zero_init_residual: start with weight 0 in the last norm of every stage.
 
     Raises:
-        ValueError: an unknown norm or activation; channels that cannot be repeated; widths and
-            depths of different lengths.
+        ValueError: an unknown norm, activation or residual; channels that cannot be repeated;
+            widths and depths of different lengths.
 
     Shape: (N, in_chans, D, H, W) to (N, num_classes, D, H, W).
     """
@@ -74,6 +90,10 @@ class VNet(nn.Module):
         depths: Sequence[int] = (1, 2, 3, 3, 3),
         norm_layer: NormLayer = None,
         act_layer: ActLayer = "prelu",
+        residual: str = "sum",
+        drop_path_rate: float = 0.0,
+        zero_init_residual: bool = False,
+        weight_standardization: bool = False,
     ) -> None:
         super().__init__()
         if len(widths) != len(depths) or len(widths) < 2:
@@ -85,14 +105,31 @@ class VNet(nn.Module):
         self.num_classes, self.in_chans = num_classes, in_chans
         self.repeats = widths[0] // in_chans
         self.levels = len(widths) - 1
-        layers = Layers(3, norm_layer, act_layer)
-        self.inc = ResidualStage(in_chans, widths[0], depths[0], layers)
+        layers = ResidualLayers(
+            2 * len(widths) - 1,
+            norm_layer,
+            act_layer,
+            residual,
+            drop_path_rate,
+            weight_standardization,
+            dimensions=3,
+        )
+        joins = layers.joins()
+
+        def stage(in_channels: int, channels: int, convs: int) -> ResidualStage:
+            join = next(joins)
+            made = ResidualStage(in_channels, channels, convs, layers, join)
+            if residual == "shake_shake":
+                made.add_branch(ResidualStage(in_channels, channels, convs, layers, join))
+            return made
+
+        self.inc = stage(in_chans, widths[0], depths[0])
         self.down_convs = nn.ModuleList()
         self.downs = nn.ModuleList()
         for wide, wider, depth in zip(widths[:-1], widths[1:], depths[1:], strict=True):
             down = layers.conv(wide, wider, 2, stride=2, padding=0)
             self.down_convs.append(Resize(down, layers.norm(wider)))
-            self.downs.append(ResidualStage(wider, wider, depth, layers))
+            self.downs.append(stage(wider, wider, depth))
         self.up_convs = nn.ModuleList()
         self.ups = nn.ModuleList()
         below = widths[-1]
@@ -100,9 +137,9 @@ class VNet(nn.Module):
             up = layers.up_conv(below, wide, bias=not layers.has_norms)
             self.up_convs.append(Resize(up, layers.norm(wide)))
             below = 2 * wide  # a stage on the way up has the channels of both paths
-            self.ups.append(ResidualStage(below, below, depth, layers))
+            self.ups.append(stage(below, below, depth))
         self.outc = layers.conv(below, num_classes, 1, bias=True)
-        initialise(self)
+        initialise(self, [self.outc], layers, zero_init_residual=zero_init_residual)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chans, D, H, W) to the logits, (N, num_classes, D, H, W)."""

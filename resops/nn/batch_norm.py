@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional
 from .._autograd import is_plain_call
+from . import observer
 from .checkpoint import recomputing
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -201,6 +202,8 @@ class NormAct(nn.Module):
             ValueError: another number of dimensions, or one value per channel in training.
             RuntimeError: an argument whose size, dtype or device does not fit.
         """
+        if observer.listening():
+            observer.tell(observer.NormCall(self), "", x)
         activation, negative_slope, rest = self.epilogue()
         residual_of_op = residual if len(rest) < 2 else None
         y = self._normalize(x, residual_of_op, activation, negative_slope)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
-from .. import functional
+from .. import _dispatch, functional
 from ..reference.batch_norm_act_max_pool import MOST_POSITIONS
+from . import observer
 from .batch_norm import BatchNormAct2d, is_plain, next_statistics
 
 
@@ -30,6 +31,10 @@ def norm_act_max_pool(norm: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(norm, BatchNormAct2d) and isinstance(pool, nn.MaxPool2d)
     activation, negative_slope, _ = norm.epilogue()
     assert not isinstance(negative_slope, Tensor)
+    if observer.listening():
+        pattern = f"batch_norm_act_max_pool, {activation}"
+        call = observer.BlockCall([norm], [], pattern, 0)
+        observer.tell(call, _dispatch.choose("batch_norm_act_max_pool", x), x)
     norm._check_input_dim(x)
     running_mean, running_var, training, momentum = next_statistics(norm)
     return functional.batch_norm_act_max_pool(

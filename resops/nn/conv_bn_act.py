@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import conv_bn_act as ops
 from ..reference.activation import activate
+from . import observer
 from .batch_norm import (
     BatchNormAct,
     BatchNormAct1d,
@@ -60,10 +61,17 @@ def conv_norm_act(
         if len(rest) < 2:
             y = folded_conv(conv, norm, norm, x, residual, activation, negative_slope)
             if y is not None:
+                _tell(conv, norm, x, folded=True)
                 return rest[0](y) if rest else y
+    _tell(conv, norm, x, folded=False)
     y = convolve(conv, x)
     normalised: Tensor = norm(y) if residual is None else norm(y, residual)
     return normalised
+
+
+def _tell(conv: nn.Module, norm: nn.Module, x: Tensor | Sequence[Tensor], folded: bool) -> None:
+    if observer.listening():
+        observer.tell(observer.ConvNormCall(conv, norm, folded), "", _joined(x))
 
 
 def _joined(x: Tensor | Sequence[Tensor]) -> Tensor:

@@ -40,7 +40,7 @@ def dense_block(
     pairs = [pair for layer in layers for pair in layer]
     if transition is not None:
         *last, pool = transition
-        if not _is_average_of_four(pool):
+        if not is_average_of_four(pool):
             return None
         pairs.append((last[0], last[1]))
     if x.dim() != 4 or not all(_may_fuse(norm, conv) for norm, conv in pairs):
@@ -57,17 +57,15 @@ def dense_block(
     if observer.listening():
         why = fallback_reason(x, dense, end)
         norms, convolutions = (list(modules) for modules in zip(*pairs, strict=True))
-        pattern = "dense_block" + ("+transition" if end is not None else "")
+        pattern = "+".join(["dense_block"] * (len(dense) > 0) + ["transition"] * (end is not None))
         # A norm of a layer is two levels below the block, that of a transition one below it.
-        named = (
-            (pattern, norms, convolutions, 2) if dense else ("transition", norms, convolutions, 1)
-        )
-        call = observer.BlockCall(*named, why)
+        call = observer.BlockCall(norms, convolutions, pattern, 2 if dense else 1, why)
         observer.tell(call, _dispatch.choose("batch_norm", x), x)
     return op(x, dense, end, drop_rate=drop_rate, narrow=narrow)
 
 
-def _is_average_of_four(pool: nn.Module) -> bool:
+def is_average_of_four(pool: Any) -> bool:
+    """Whether a pool is the one of a transition."""
     if type(pool) is not nn.AvgPool2d or not is_plain(pool):
         return False
     settings = (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.divisor_override)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .. import functional
+from . import observer
 from .batch_norm import (
     BatchNormAct,
     BatchNormAct1d,
@@ -45,6 +46,8 @@ class NormThenAct(nn.Module):
         self.act = create_activation(act_layer, None, inplace=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if observer.listening():
+            observer.tell(observer.NormCall(self), "", x)
         y: Tensor = self.norm(x)
         if residual is None:
             return self.act(y)

@@ -1,24 +1,41 @@
-"""Lets :func:`resops.explain` hear which path a fused step or a block of layers takes."""
+"""Lets :func:`resops.explain` hear which path a fused step, a layer or a block of layers takes.
+
+Hooks would not do: a layer that has one is called by itself, where else it is part of an op.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-Listener = Callable[[Any, str, Tensor], None]
+Listener = Callable[[Any, str, Tensor | None], None]
+
+
+class NormCall(NamedTuple):
+    """A norm layer of resops.nn is called by itself."""
+
+    norm: nn.Module
+
+
+class ConvNormCall(NamedTuple):
+    """A convolution is called whose output goes to ``norm``, or which stands for both."""
+
+    conv: nn.Module
+    norm: nn.Module
+    folded: bool
 
 
 class BlockCall(NamedTuple):
-    """What :func:`resops.explain` hears of a block of modules that is called as one op."""
+    """Layers of resops.nn are computed by one op."""
 
+    norms: list[nn.Module]
+    convolutions: list[nn.Module]
     pattern: str
-    norms: Sequence[nn.Module]
-    convolutions: Sequence[nn.Module]
-    depth: int  # levels between the block's name and that of its first norm
+    levels: int  # how far below the block the first norm stands
     why: str | None = None  # it is computed layer by layer
 
 
@@ -34,8 +51,8 @@ def listening() -> bool:
     return _state.listener is not None
 
 
-def tell(what: Any, path: str, x: Tensor) -> None:
-    """``what``, a step or a block, takes ``path`` with the input ``x``."""
+def tell(what: Any, path: str, x: Tensor | None) -> None:
+    """``what``, one of the calls above or of resops.fusion, takes ``path`` with the input ``x``."""
     if _state.listener is not None:
         _state.listener(what, path, x)
 

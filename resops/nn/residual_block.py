@@ -50,7 +50,7 @@ def residual_block(
         return None
     layers: list[Any] = [_layer(conv, norm) for conv, norm in pairs]
     op: Any = _OPS[len(chain)]
-    _tell(op.__name__, pairs, x)
+    _tell(op, pairs, activation, x)
     return op(x, *layers, **activation, recompute=recompute)
 
 
@@ -70,16 +70,8 @@ def double_conv(chain: Sequence[Pair], x: Tensor | Sequence[Tensor]) -> Tensor |
     if activation is None or not alike or not _differentiates(slices, chain):
         return None
     conv1, conv2 = (_layer(conv, norm) for conv, norm in chain)
-    _tell("double_conv", chain, slices[0])
+    _tell(functional.double_conv, chain, activation, slices[0])
     return functional.double_conv(slices, conv1, conv2, **activation)
-
-
-def _tell(op: str, pairs: Sequence[Pair], x: Tensor) -> None:
-    """Let :func:`resops.explain` hear of a block, whose layers are its own attributes."""
-    if observer.listening():
-        convolutions, norms = zip(*pairs, strict=True)
-        call = observer.BlockCall(op, norms, convolutions, 1)
-        observer.tell(call, _dispatch.choose("batch_norm", x), x)
 
 
 def _one_activation(pairs: Sequence[Pair], projected: bool) -> dict[str, Any] | None:
@@ -105,6 +97,14 @@ def _differentiates(slices: Sequence[Tensor], pairs: Sequence[Pair]) -> bool:
     training = any(norm.training for _, norm in pairs)
     parameters = [p for pair in pairs for module in pair for p in module._parameters.values()]
     return wants_gradient(*slices, *parameters) or (training and torch.is_grad_enabled())
+
+
+def _tell(op: Any, pairs: Sequence[Pair], activation: dict[str, Any], x: Tensor) -> None:
+    if observer.listening():
+        convolutions, norms = (list(modules) for modules in zip(*pairs, strict=True))
+        pattern = f"{op.__name__}, {activation['activation']}"
+        call = observer.BlockCall(norms, convolutions, pattern, 1)
+        observer.tell(call, _dispatch.choose("batch_norm", x), x)
 
 
 def _layer(conv: Any, norm: Any) -> ConvNorm:

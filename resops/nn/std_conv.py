@@ -5,11 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .. import functional
 
 
-class StdConv2d(nn.Conv2d):
+class _StdConv(_ConvNd):
+    def __init__(self, *args: Any, eps: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.eps = eps
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, in_channels, *spatial) to (N, out_channels, *spatial of the output)."""
+        weight = functional.batch_norm_act(
+            self.weight.reshape(1, self.out_channels, -1),
+            None,
+            None,
+            training=True,
+            momentum=0.0,
+            eps=self.eps,
+            activation=None,
+        ).view(self.weight.shape)
+        y: Tensor = self._conv_forward(input, weight, self.bias)
+        return y
+
+
+class StdConv2d(_StdConv, nn.Conv2d):
     """Convolution whose filters have mean 0 and variance 1 (Qiao, Wang, Liu, Shen and Yuille,
     "Weight Standardization", 2019, Eq. 5).
 
@@ -22,19 +43,6 @@ class StdConv2d(nn.Conv2d):
         eps: added to the variance, inside the root.
     """
 
-    def __init__(self, *args: Any, eps: float = 1e-6, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.eps = eps
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, in_channels, H, W) to (N, out_channels, H', W')."""
-        weight = functional.batch_norm_act(
-            self.weight.reshape(1, self.out_channels, -1),
-            None,
-            None,
-            training=True,
-            momentum=0.0,
-            eps=self.eps,
-            activation=None,
-        ).view(self.weight.shape)
-        return self._conv_forward(input, weight, self.bias)
+class StdConv3d(_StdConv, nn.Conv3d):
+    """:class:`StdConv2d` over (N, C, D, H, W)."""

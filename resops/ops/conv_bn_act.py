@@ -23,9 +23,10 @@ from ..reference.conv_bn_act import Size
 from ..reference.conv_bn_act import convolution as library_convolution
 from ..reference.layout import is_channels_last_only
 from .batch_norm import batch_norm, check_activation, check_tensor
-from .conv_bn_act_convolution import convolution, convolution_of_slices
+from .conv_bn_act_convolution import convolution
 from .conv_bn_act_gpu import Path, folded_convolution, path
 from .conv_bn_act_phases import output_size, paddings_of, size_tuple
+from .conv_bn_act_slices import convolution_of_slices
 
 __all__ = [
     "FoldedConvolution",

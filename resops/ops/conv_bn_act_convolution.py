@@ -74,7 +74,9 @@ class ConvolutionFunction(torch.autograd.Function):
         weight, *slices = ctx.saved_tensors
         if torch.is_grad_enabled():
             x = torch.cat(slices, 1) if len(slices) > 1 else slices[0] if slices else None
-            grad_x, grad_weight, grad_bias = _differentiable_backward(ctx, grad_y, x, weight)
+            of_parameters = need_weight, need_bias
+            grads = differentiable_backward(ctx, grad_y, x, weight, of_parameters)
+            grad_x, grad_weight, grad_bias = grads
         else:
             input_size, weight_size = ctx.sizes
             ops, geometry = torch.ops.resops, ctx.geometry
@@ -96,10 +98,16 @@ class ConvolutionFunction(torch.autograd.Function):
         return first, grad_weight, grad_bias, None, None, *more
 
 
-def _differentiable_backward(
-    ctx: Any, grad_y: Tensor, x: Tensor | None, weight: Tensor | None
+def differentiable_backward(
+    ctx: Any, grad_y: Tensor, x: Tensor | None, weight: Tensor | None, of_parameters: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The same by PyTorch's own op, of which only the size of what was not kept is asked for."""
+    """The same by PyTorch's own op, of which only the size of what was not kept is asked for.
+
+    Args:
+        ctx: with the sizes of input and weight, and stride, padding and dilation.
+        weight: None where no gradient of the input is needed.
+        of_parameters: whether those of weight and bias are.
+    """
     input_size, weight_size = ctx.sizes
     return torch.ops.aten.convolution_backward(
         grad_y,
@@ -110,7 +118,7 @@ def _differentiable_backward(
         False,
         (0, 0),
         1,
-        [weight is not None, *ctx.needs_input_grad[1:3]],
+        [weight is not None, *of_parameters],
     )
 
 
@@ -206,54 +214,6 @@ def convolution(
     return y
 
 
-def convolution_of_slices(
-    slices: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Size,
-    padding: Size | str,
-    dilation: Size,
-    groups: int,
-) -> Tensor:
-    """:func:`convolution` of tensors side by side along the channels.
-
-    Winograd's kernels read each of them where it is; for others they are concatenated.
-    """
-    first, *more = slices
-    native = _slices_geometry(slices, weight, bias, stride, padding, dilation, groups)
-    if native is None:
-        x = torch.cat(list(slices), 1)
-        return convolution(x, weight, bias, stride, padding, dilation, groups)
-    y: Tensor = apply_function(ConvolutionFunction, first, weight, bias, *native, *more)
-    return y
-
-
-def _slices_geometry(
-    slices: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Size,
-    padding: Size | str,
-    dilation: Size,
-    groups: int,
-) -> Geometry | None:
-    """Of a call that Winograd's kernels take; None where there are none, or a compiler decides."""
-    first = slices[0]
-    alike = all(
-        type(x) in PLAIN_TENSORS
-        and (x.dtype, x.device, x.dim()) == (first.dtype, first.device, first.dim())
-        for x in slices
-    )
-    if torch.compiler.is_compiling() or not alike or first.dim() != 4:
-        return None
-    channels = sum(x.size(1) for x in slices)
-    native = native_geometry(first, weight, bias, stride, padding, dilation, groups, channels)
-    if isinstance(native, str):
-        return None
-    path, _ = _path_of(first, channels, weight, native, "forward")
-    return native if path == "winograd" else None
-
-
 def convolution_path(
     x: Tensor,
     weight: Tensor,
@@ -277,10 +237,10 @@ def convolution_path(
     native = native_geometry(x, weight, bias, stride, padding, dilation, groups)
     if isinstance(native, str):
         return "library", native
-    return _path_of(x, x.size(1), weight, native, direction)
+    return path_of(x, x.size(1), weight, native, direction)
 
 
-def _path_of(
+def path_of(
     x: Tensor, channels: int, weight: Tensor, geometry: Geometry, direction: str
 ) -> tuple[str, str]:
     """What computes a phase of a native convolution of so many channels, and why."""

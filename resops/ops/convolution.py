@@ -1,4 +1,5 @@
-"""The phases of a convolution inside a block, each by the implementation that is chosen for it.
+"""The phases of a convolution inside a block, or of slices of channels, each by the implementation
+that is chosen for it.
 
 There are three:
 
@@ -26,7 +27,6 @@ from torch import Tensor
 
 from .. import _dispatch
 from ..reference.conv_bn_act import convolution
-from ..reference.layout import empty_channels_last, is_channels_last_only
 from . import convolution_table
 from .conv_bn_act_convolution import native_geometry
 
@@ -56,7 +56,8 @@ _state = _State()
 
 @contextmanager
 def convolutions(wanted: str) -> Iterator[None]:
-    """Choose the convolutions of blocks inside a ``with`` block, in this thread.
+    """Choose the convolutions of blocks, and of tensors side by side along the channels, inside a
+    ``with`` block, in this thread.
 
     Args:
         wanted: "library"; "fused", wherever the backend has such a kernel; or "auto", by what was
@@ -113,48 +114,44 @@ class Norm(NamedTuple):
 class Input:
     """What is convolved: ``x`` itself, or, with a norm, ``x`` normalised and activated on load.
 
-    ``more`` are further channels of an ``x`` without a norm, side by side with it.
+    Several tensors for ``x`` stand side by side along the channels, and are concatenated only where
+    something asks for the whole.
     """
 
     def __init__(
-        self,
-        x: Tensor,
-        norm: Norm | None = None,
-        value: Tensor | None = None,
-        more: Sequence[Tensor] = (),
+        self, x: Tensor | Sequence[Tensor], norm: Norm | None = None, value: Tensor | None = None
     ) -> None:
-        assert norm is None or not more
-        self.x, self.norm, self.slices = x, norm, [x, *more]
-        self._value = x if norm is None and not more else value
+        self.slices = [x] if isinstance(x, Tensor) else list(x)
+        self.norm, self._value = norm, value
 
+    @property
+    def x(self) -> Tensor:
+        return self.slices[0] if len(self.slices) == 1 else torch.cat(self.slices, 1)
+
+    @property
     def size(self) -> list[int]:
-        """Of all channels."""
-        return [self.x.size(0), sum(t.size(1) for t in self.slices), *self.x.shape[2:]]
-
-    def value(self, backend: str) -> Tensor:
-        """The normalised tensor, or all channels in one, written to memory at the first call."""
-        if self._value is None and self.norm is None:
-            self._value = torch.cat(self.slices, 1)
-        elif self._value is None:
-            assert self.norm is not None
-            weight, bias, mean, invstd, *act = self.norm
-            apply = NAMESPACES[backend].batch_norm_apply
-            self._value = apply(self.x, None, weight, bias, mean, invstd, *act)[0]
-        assert self._value is not None
-        return self._value
+        """Of ``x``."""
+        first, *_ = self.slices
+        return [first.size(0), sum(t.size(1) for t in self.slices), *first.shape[2:]]
 
     def like(self) -> Tensor:
-        """What stands for the input where only its size and layout are asked for."""
-        if len(self.slices) == 1:
-            return self.x
-        if self._value is not None:
-            return self._value
-        channels_last = is_channels_last_only(self.x)
-        return (empty_channels_last if channels_last else Tensor.new_empty)(self.x, self.size())
+        """Something like ``x``, of which only the size, the dtype and the device are asked for."""
+        first, *more = self.slices
+        return first.new_empty(1).expand(self.size) if more else first
+
+    def value(self, backend: str) -> Tensor:
+        """The normalised tensor, or the concatenated one, written to memory at the first call."""
+        if self._value is None:
+            self._value = self.x
+            if self.norm is not None:
+                weight, bias, mean, invstd, *act = self.norm
+                apply = NAMESPACES[backend].batch_norm_apply
+                self._value = apply(self._value, None, weight, bias, mean, invstd, *act)[0]
+        return self._value
 
     def without_value(self) -> Input:
-        """The same, where the tensor that :meth:`value` made is not needed any more."""
-        return Input(self.x, self.norm, more=self.slices[1:])
+        """The same, where the normalised tensor is not needed any more."""
+        return Input(self.slices, self.norm)
 
     def prologue(self) -> tuple[Tensor | None, Tensor | None, str, float]:
         """scale, shift, activation and slope, as the fused phases take them."""
@@ -167,7 +164,7 @@ def choose(
     phase: str,
     backend: str,
     wanted: str,
-    x: Tensor,
+    x: Tensor | Sequence[Tensor],
     weight: Tensor,
     geometry: Geometry,
     prologue: bool,
@@ -178,17 +175,21 @@ def choose(
         phase: "forward", "backward_data" or "backward_weight".
         backend: whose fused kernels are asked for.
         wanted: as :func:`convolutions` takes it.
+        x: one tensor, or several side by side along the channels.
         prologue: whether ``x`` is normalised on load.
     """
+    input = Input(x)
+    first, *_ = input.slices
     if wanted == LIBRARY or geometry.groups != 1:
         return LIBRARY
-    if _dispatch.refusal(backend, "conv_bn_act", x) is not None:
+    if _dispatch.refusal(backend, "conv_bn_act", first) is not None:
         return LIBRARY
     if wanted == FUSED:
         return FUSED
-    if x.device.type == "cpu":
-        return _choose_on_cpu(backend, x, weight, geometry)
-    faster = convolution_table.fused_is_faster(phase, backend, x, weight, geometry[:3], prologue)
+    if first.device.type == "cpu":
+        return _choose_on_cpu(backend, first, weight, geometry)
+    how = (weight, geometry[:3], prologue)
+    faster = convolution_table.fused_is_faster(phase, backend, input.like(), *how)
     return FUSED if faster else LIBRARY
 
 
@@ -216,7 +217,8 @@ def forward(
     statistics: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """The raw convolution, and its mean and variance where those cost nothing."""
-    chosen = choose("forward", backend, wanted, input.x, weight, geometry, input.norm is not None)
+    normed = input.norm is not None
+    chosen = choose("forward", backend, wanted, input.slices, weight, geometry, normed)
     if chosen == LIBRARY:
         return convolution(input.value(backend), weight, bias, *geometry), None
     if chosen == PLAIN:
@@ -272,9 +274,8 @@ def backward_weight(
     """Gradients of weight and bias; None for one that is not needed."""
     if not any(needed):
         return None, None
-    chosen = choose(
-        "backward_weight", backend, wanted, input.x, weight, geometry, input.norm is not None
-    )
+    normed = input.norm is not None
+    chosen = choose("backward_weight", backend, wanted, input.slices, weight, geometry, normed)
     if chosen == LIBRARY:
         x = input.value(backend) if needed[0] else input.like()
         mask = [False, needed[0], needed[1]]
@@ -305,22 +306,22 @@ def backward_data(
     Where the input has a norm and the kernel is fused: that of the activation's argument, and the
     two sums of :func:`resops.reference.batch_norm.batch_norm_backward_reduce`.
     """
-    norm = input.norm
-    x = input.x
-    chosen = choose("backward_data", backend, wanted, x, weight, geometry, norm is not None)
+    norm, like = input.norm, input.like()
+    normed = norm is not None
+    chosen = choose("backward_data", backend, wanted, input.slices, weight, geometry, normed)
     if chosen == LIBRARY:
-        # Of the input this phase needs the size only.
-        x = input.like()
-        g = _library_backward(grad_c, x, weight, None, geometry, [True, False, False])[0]
+        # Of the input this phase needs size and layout only.
+        like = like if input._value is None else input.value(backend)
+        g = _library_backward(grad_c, like, weight, None, geometry, [True, False, False])[0]
         assert g is not None
         return g if addend is None else g.add_(addend), None
     if chosen == PLAIN:
-        norm, input = None, Input(x, more=input.slices[1:])
+        norm, input = None, Input(like)
     g, sum_grad, sum_grad_xhat = NAMESPACES[backend].conv_bn_act_backward_data(
         grad_c,
         weight,
-        input.size(),
-        None if norm is None else x,
+        input.size,
+        None if norm is None else input.x,
         *input.prologue(),
         None if norm is None else norm.mean,
         None if norm is None else norm.invstd,

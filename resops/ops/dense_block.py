@@ -273,6 +273,12 @@ def transition(x: Tensor, norm_conv: NormConv) -> Tensor:
 # Fake kernels: sizes, dtypes and strides of what the compiled ops return, after the same checks.
 
 
+def _new_channels_last(size: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.empty(
+        size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
 def _check_consumer(
     buffer: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor
 ) -> None:
@@ -353,6 +359,53 @@ def _fake_accumulate(
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
+def _check_narrow(buffer: Tensor, channels: int, conv_weight: Tensor) -> None:
+    if not buffer.dtype == conv_weight.dtype == torch.float32:
+        raise RuntimeError(
+            f"dense_block_narrow expects float32, but got {buffer.dtype} and {conv_weight.dtype}"
+        )
+    size = tuple(conv_weight.shape)
+    if len(size) != 4 or size[0] % 16 or min(size) < 1 or size[1:] != (channels, 1, 1):
+        raise RuntimeError(
+            f"conv_weight should be of size (16 n, {channels}, 1, 1), but got size {list(size)}"
+        )
+
+
+def _fake_narrow_forward(
+    buffer: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    conv_weight: Tensor,
+) -> Tensor:
+    _check_consumer(buffer, weight, bias, mean, invstd)
+    _check_narrow(buffer, mean.numel(), conv_weight)
+    return _new_channels_last((buffer.size(0), conv_weight.size(0), *buffer.shape[2:]), buffer)
+
+
+def _fake_narrow_backward(
+    grad_c: Tensor,
+    conv_weight: Tensor,
+    buffer: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    grad_sum: Tensor,
+    training: bool,
+    first: bool,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_consumer(buffer, weight, bias, mean, invstd)
+    _check_narrow(buffer, mean.numel(), conv_weight)
+    _check_images("grad_c", grad_c, buffer, conv_weight.size(0))
+    _check_images("grad_sum", grad_sum, buffer, mean.numel(), (mean.dtype,))
+    size = tuple(conv_weight.shape)
+    grad_weight = _new_channels_last(size, buffer) if of_weight else grad_c.new_empty(0)
+    return torch.empty_like(mean), torch.empty_like(mean), grad_weight
+
+
 def _fake_gradient(
     grad_y: Tensor | None,
     buffer: Tensor,
@@ -386,10 +439,7 @@ def _fake_gradient(
             "or not at all"
         )
     _check_vectors(buffer, end - begin, **given)
-    size = (buffer.size(0), end - begin, *buffer.shape[2:])
-    return torch.empty(
-        size, dtype=buffer.dtype, device=buffer.device, memory_format=torch.channels_last
-    )
+    return _new_channels_last((buffer.size(0), end - begin, *buffer.shape[2:]), buffer)
 
 
 def _fake_update_running(
@@ -437,3 +487,7 @@ for _phase, (_fake, _writes) in _FAKES.items():
     if _native.module is not None:
         torch.library.register_fake(f"resops::{OP}_{_phase}", _fake)
     _triton.register(OP, _phase, getattr(reference, f"{OP}_{_phase}"), _fake, _writes)
+# The native backend's alone.
+if _native.module is not None:
+    torch.library.register_fake("resops::dense_block_narrow_forward", _fake_narrow_forward)
+    torch.library.register_fake("resops::dense_block_narrow_backward", _fake_narrow_backward)

@@ -135,6 +135,15 @@ def _read(
     return Input(apply())
 
 
+def _is_one_kernel(conv: NormConv, buffer: Tensor, call: block.Call) -> bool:
+    """Whether a consumer and the convolution behind it are one native kernel."""
+    outputs, _, *size = conv.conv_weight.shape
+    native = call.backend == "native" and call.convolutions != phases.LIBRARY
+    in_float32 = buffer.dtype == conv.conv_weight.dtype == torch.float32
+    of_cpu = native and in_float32 and buffer.device.type == "cpu"
+    return of_cpu and size == [1, 1] and outputs % 16 == 0
+
+
 # ---- forward ------------------------------------------------------------------------------------
 
 
@@ -207,15 +216,10 @@ def forward(call: Call, x: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, Save
 
     begin = x.size(1)
     for index, layer in enumerate(layers):
-        input = _read(
-            "forward",
-            inner,
-            layer.conv1,
-            buffer[:, :begin],
-            saved.consumer(index, begin, statistics.training),
-            functools.partial(normalised, index, layer.conv1, begin),
-        )
-        new, known, found = _new_channels(layer, input, inner, statistics.wanted(begin))
+        read = saved.consumer(index, begin, statistics.training)
+        apply = functools.partial(normalised, index, layer.conv1, begin)
+        c, known = _narrowed(layer, buffer, read, inner, apply)
+        new, known, found = _new_channels(layer, c, known, inner, statistics.wanted(begin))
         saved.found.append(found)
         kept = None
         if call.drop_rate > 0:
@@ -237,15 +241,41 @@ def forward(call: Call, x: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, Save
     return y, saved
 
 
+def _narrowed(
+    layer: DenseLayer,
+    buffer: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    call: block.Call,
+    apply: Callable[[], Tensor],
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """conv1( relu( norm1(x) ) ), x the first channels of the buffer, and its statistics where those
+    cost nothing; ``apply`` writes what is convolved."""
+    conv = layer.conv1
+    if _is_one_kernel(conv, buffer, call):
+        affine = (conv.weight, conv.bias, *statistics)
+        return torch.ops.resops.dense_block_narrow_forward(buffer, *affine, conv.conv_weight), None
+    x = buffer[:, : conv.conv_weight.size(1)]
+    input = _read("forward", call, conv, x, statistics, apply)
+    narrow = _layer(conv, layer.conv2)
+    c, known = block.convolve(input, narrow, call, narrow.training)
+    return c, known
+
+
 def _new_channels(
-    layer: DenseLayer, input: Input, call: block.Call, statistics: bool
+    layer: DenseLayer,
+    c: Tensor,
+    known: tuple[Tensor, Tensor] | None,
+    call: block.Call,
+    statistics: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Normalised]:
-    """conv2( relu( norm2( conv1(input) ) ) ), its statistics where those cost nothing, and what
-    conv1 made."""
+    """conv2( relu( norm2(c) ) ), its statistics where those cost nothing, and what norm2 used.
+
+    Args:
+        known: mean and variance of ``c``, where its convolution computed them.
+    """
     narrow = _layer(layer.conv1, layer.conv2)
     weight, geometry = layer.conv2.conv_weight, _geometry(layer.conv2)
     how = (call.backend, call.convolutions)
-    c, known = block.convolve(input, narrow, call, narrow.training)
     value = None
     if phases.choose("forward", *how, c, weight, geometry, True) == phases.FUSED:
         found = block.statistics_of(narrow, c, known, call)
@@ -264,8 +294,8 @@ class _Bound:
     """An upper bound on the values of the buffer, for convolutions whose relu must see no NaN
     (resops/_magnitude.py): new channels are read once, and not again by every consumer."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.wanted = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    def __init__(self, x: Tensor, layers: int) -> None:
+        self.wanted = layers > 0 and x.device.type == "cpu" and not torch.compiler.is_compiling()
         self.value = _magnitude.measure(x) if self.wanted else math.inf
 
     def add(self, new: Tensor) -> None:
@@ -301,13 +331,14 @@ def evaluate(call: Call, x: Tensor, tensors: Sequence[Any], narrow: Narrow | Non
         buffer = _empty(x, channels, x.dtype)
         buffer[:, : x.size(1)] = x
     workspace = _Workspace(buffer, _widest(x, layers, transition))
-    bound = _Bound(x)
+    bound = _Bound(x, len(layers))
 
     def normalised(consumer: NormConv, channels: int) -> Tensor:
         z = workspace.view(channels)
         found = _Statistics([consumer], channels, buffer).known[0]
         ops.dense_block_apply(buffer, consumer.weight, consumer.bias, *found, z)
-        bound.pass_on(consumer, *found, z)
+        if consumer is not transition:  # whose convolution sees the average
+            bound.pass_on(consumer, *found, z)
         return z
 
     def folded(index: int, z: Tensor) -> Tensor:
@@ -398,30 +429,39 @@ class Gradients:
         return grad
 
     def _normalised(self, index: int, consumer: NormConv) -> Tensor:
-        channels = self.offsets[index]
-        z = self.workspace.view(channels)
-        statistics = self.saved.consumer(index, channels, self.training)
-        self.ops.dense_block_apply(
-            self.saved.buffer, consumer.weight, consumer.bias, *statistics, z
-        )
+        z = self.workspace.view(self.offsets[index])
+        self.ops.dense_block_apply(*self._consumer(index, consumer), z)
         return z
+
+    def _consumer(self, index: int, consumer: NormConv) -> tuple[Tensor | None, ...]:
+        """The buffer, weight, bias, mean and invstd, as the phases take them."""
+        statistics = self.saved.consumer(index, self.offsets[index], self.training)
+        return self.saved.buffer, consumer.weight, consumer.bias, *statistics
+
+    def _sum(self) -> tuple[Tensor, bool, bool]:
+        """What consumers add to, whether they train, and whether this is the first."""
+        first = self.grad_sum is None
+        if self.grad_sum is None:
+            buffer, wide = self.saved.buffer, self.saved.statistics[0][0].dtype
+            dtype = wide if self.call.accumulate_in_float32 else buffer.dtype
+            self.grad_sum = _empty(buffer, self.widest, dtype)
+        return self.grad_sum, self.training, first
 
     def _accumulate(self, index: int, consumer: NormConv, grad_z: Tensor) -> None:
         """Adds what goes through a consumer, and keeps the gradients of its norm."""
-        buffer, channels = self.saved.buffer, self.offsets[index]
-        mean, invstd = self.saved.consumer(index, channels, self.training)
-        first = self.grad_sum is None
-        if self.grad_sum is None:
-            dtype = mean.dtype if self.call.accumulate_in_float32 else buffer.dtype
-            self.grad_sum = _empty(buffer, self.widest, dtype)
-        affine = (consumer.weight, consumer.bias)
-        sum_grad, sum_grad_xhat = self.ops.dense_block_accumulate(
-            grad_z, buffer, *affine, mean, invstd, self.grad_sum, self.training, first
+        sums = self.ops.dense_block_accumulate(
+            grad_z, *self._consumer(index, consumer), *self._sum()
         )
+        self._keep_sums(index, consumer, *sums)
+
+    def _keep_sums(
+        self, index: int, consumer: NormConv, sum_grad: Tensor, sum_grad_xhat: Tensor
+    ) -> None:
+        """Of a consumer: for the slices of the buffer it has read, and as gradients of its norm."""
         if self.sums is not None:
             for total, part in zip(self.sums, (sum_grad, sum_grad_xhat), strict=True):
                 weighted = part if consumer.weight is None else consumer.weight.to(part) * part
-                total[:channels] += weighted
+                total[: self.offsets[index]] += weighted
         at = index * _LAYER_TENSORS
         for parameter, place, total in (
             (consumer.weight, at + _WEIGHT, sum_grad_xhat),
@@ -474,16 +514,37 @@ class Gradients:
         grad_c = self._through_norm(at + NORM_TENSORS, narrow, found, g, sums)
         if not self._reaches(at + NORM_TENSORS):
             return
-        channels = self.offsets[index]
-        x = self.saved.buffer[:, :channels]
+        one_kernel = _is_one_kernel(layer.conv1, self.saved.buffer, self.call.inner)
+        if one_kernel and self._reaches(at + _CONV_WEIGHT):
+            self._through_narrow_kernel(index, layer.conv1, grad_c)
+        else:
+            self._through_narrow(index, layer.conv1, grad_c)
+
+    def _through_narrow_kernel(self, index: int, conv: NormConv, grad_c: Tensor) -> None:
+        """A layer's first convolution and its norm, in one kernel."""
+        at = index * _LAYER_TENSORS
+        of_weight = self.needs[at + _CONV_WEIGHT]
+        consumer = self._consumer(index, conv)
+        sum_grad, sum_grad_xhat, grad_weight = torch.ops.resops.dense_block_narrow_backward(
+            grad_c, conv.conv_weight, *consumer, *self._sum(), of_weight
+        )
+        self._keep_sums(index, conv, sum_grad, sum_grad_xhat)
+        self._keep(at + _CONV_WEIGHT, grad_weight)
+
+    def _through_narrow(self, index: int, conv: NormConv, grad_c: Tensor) -> None:
+        """The same, convolution and norm one by one."""
+        at, channels = index * _LAYER_TENSORS, self.offsets[index]
         if self.needs[at + _CONV_WEIGHT]:
+            x = self.saved.buffer[:, :channels]
             statistics = self.saved.consumer(index, channels, self.training)
-            apply = functools.partial(self._normalised, index, layer.conv1)
-            z = _read("backward_weight", self.call.inner, layer.conv1, x, statistics, apply)
-            self._convolution(layer.conv1, at, z, grad_c)
+            apply = functools.partial(self._normalised, index, conv)
+            z = _read("backward_weight", self.call.inner, conv, x, statistics, apply)
+            self._convolution(conv, at, z, grad_c)
         if self._reaches(at + _CONV_WEIGHT):
-            # Without the norm: its gradient goes into the sum over all consumers.
-            self._accumulate(index, layer.conv1, self._data(layer.conv1, Input(x), grad_c)[0])
+            # Without the norm: its gradient goes into the sum over all consumers. Of the input the
+            # size matters; a slice of the buffer is no dense image, which the library would take.
+            input = Input(self.workspace.view(channels))
+            self._accumulate(index, conv, self._data(conv, input, grad_c)[0])
 
     def _through_norm(
         self,

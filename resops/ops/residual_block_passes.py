@@ -176,8 +176,7 @@ def forward(
     """
     chain, shortcut = call.layers(tensors)
     results = []
-    x, *more = slices
-    input = block_input = Input(x, more=more)
+    input = block_input = Input(slices)
     for layer, following in itertools.pairwise(chain):
         c, known = convolve(input, layer, call, layer.training)
         if is_normalised_on_load(c, following, call):
@@ -186,7 +185,7 @@ def forward(
             found, value, _ = normalise(layer, c, known, None, call.activation, call)
         results.append(found)
         input = as_input(layer, found, call, value)
-    residual, projected = x if call.residual else None, None
+    residual, projected = block_input.x if call.residual else None, None
     if shortcut is not None:
         c, known = convolve(block_input, shortcut, call, shortcut.training)
         projected, residual, _ = normalise(shortcut, c, known, None, "identity", call)
@@ -242,8 +241,7 @@ class Gradients:
         needs: Sequence[bool],
     ) -> None:
         """``needs`` is for x, all ``slices`` of it, and then for each of ``tensors``."""
-        x, *more = slices
-        self.call, self.input, self.found = call, Input(x, more=more), found
+        self.call, self.input, self.found = call, Input(slices), found
         self.chain, self.shortcut = call.layers(tensors)
         self.tensors = tensors
         self.ops = phases.NAMESPACES[call.backend]

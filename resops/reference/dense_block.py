@@ -109,6 +109,23 @@ def dense_block_apply(
     y.copy_(_affine(buffer, weight, bias, mean, invstd)[2].relu())
 
 
+def dense_block_narrow_forward(
+    buffer: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    conv_weight: Tensor,
+) -> Tensor:
+    """The 1x1 convolution of what :func:`dense_block_apply` writes, which is kept nowhere.
+
+    Args:
+        conv_weight: (outputs, C, 1, 1).
+    """
+    z = _affine(buffer, weight, bias, mean, invstd)[2].relu().to(buffer.dtype)
+    return F.conv2d(z, conv_weight)
+
+
 def dense_block_accumulate(
     grad_y: Tensor,
     buffer: Tensor,
@@ -142,6 +159,37 @@ def dense_block_accumulate(
     written = grad_sum[:, : mean.numel()]
     written.copy_(added if first else written + added)
     return g.sum((0, 2, 3)), (g * centred).sum((0, 2, 3)) * invstd
+
+
+def dense_block_narrow_backward(
+    grad_c: Tensor,
+    conv_weight: Tensor,
+    buffer: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    grad_sum: Tensor,
+    training: bool,
+    first: bool,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`dense_block_accumulate` behind the 1x1 convolution.
+
+    Args:
+        grad_c: gradient of what :func:`dense_block_narrow_forward` returned.
+        of_weight: whether the convolution's weight has a gradient.
+
+    Returns:
+        the two sums, and the gradient of ``conv_weight`` or an empty tensor.
+    """
+    consumer = (buffer, weight, bias, mean, invstd)
+    grad_z = torch.einsum("nohw,oc->nchw", grad_c, conv_weight.flatten(1))
+    sums = dense_block_accumulate(grad_z, *consumer, grad_sum, training, first)
+    if not of_weight:
+        return *sums, grad_c.new_empty(0)
+    z = _affine(*consumer)[2].relu().to(buffer.dtype)
+    return *sums, torch.einsum("nohw,nchw->oc", grad_c, z).view_as(conv_weight)
 
 
 def dense_block_gradient(

@@ -131,4 +131,4 @@ def test_nothing_begins_without_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu_gate.main(["models", "--stage", "nothing"])
-    assert "has the stages batch 32, batch 256" in capsys.readouterr().err
+    assert "has the stages triton, batch 32, batch 256" in capsys.readouterr().err

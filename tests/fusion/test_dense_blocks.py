@@ -30,20 +30,29 @@ def dense_block(package: str, **kwargs: Any) -> nn.Module:
     return filled(block.double())
 
 
+def transition(package: str) -> nn.Module:
+    """From 16 channels to 8, in float64."""
+    if package == "torchvision":
+        block = torchvision().models.densenet._Transition(16, 8)
+    else:
+        block = timm().models.densenet.DenseTransition(16, 8)
+    return filled(block.double())
+
+
 def image(pixels: int = 8) -> Tensor:
     return torch.randn(2, 16, pixels, pixels, dtype=torch.float64)
 
 
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DENSE_BLOCK", "DENSE_LAYER"):
+    for name in ("DENSE_BLOCK", "DENSE_LAYER", "TRANSITION"):
         monkeypatch.setattr(measured, name, measured.LeastPixels(0, 0))
 
 
 def runs_as_one_op(block: nn.Module, x: Tensor) -> bool:
     with counted_calls() as calls:
         copy.deepcopy(block)(x)  # whose statistics may change
-    assert (calls["aten::cat"] == 0) == (calls["dense_block_apply"] > 0)
+    assert calls["aten::cat"] == 0 or calls["dense_block_apply"] == 0
     return calls["dense_block_apply"] > 0
 
 
@@ -71,7 +80,76 @@ def test_equals_its_layers(package: str, any_size: None, native: None) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_small_images_go_to_the_original_layers(package: str, native: None) -> None:
+def test_transition_equals_its_layers(package: str, any_size: None, native: None) -> None:
+    plain = transition(package)
+    fused = resops.fuse(copy.deepcopy(plain))
+    (entry,) = resops.fuse_report(fused).fused
+    assert entry.pattern == "DenseTransition" and entry.modules == ("norm",)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = image(7).contiguous(memory_format=layout)  # the pool leaves out a row and a column
+        for training in (True, False):
+            fused.train(training), plain.train(training)
+            assert runs_as_one_op(fused, x)
+            assert fused(x).stride() == plain(x).stride()
+            assert_same_step(fused, plain, x)
+            with torch.no_grad():
+                assert_near(fused(x), plain(x))
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert type(other) is type(fused) and runs_as_one_op(other, x)
+    (path,) = resops.explain(fused, x).paths
+    assert (path.path, path.pattern, path.why) == ("native", "DenseTransition", "")
+    with pytest.raises(RuntimeError, match="Output size is too small"):  # PyTorch's
+        fused(image(1))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_changes_of_a_transition_are_seen(package: str, any_size: None, native: None) -> None:
+    def other_pool(block: Any) -> None:
+        block.pool.kernel_size = 3
+
+    def other_convolution(block: Any) -> None:
+        block.conv.padding = (1, 1)
+
+    def hook(block: Any) -> None:
+        block.conv.register_forward_hook(lambda *args: None)
+
+    for change in (other_pool, other_convolution, hook):
+        plain = transition(package)
+        fused = resops.fuse(copy.deepcopy(plain))
+        assert runs_as_one_op(fused, image())
+        for block in (fused, plain):
+            change(block)
+        assert not runs_as_one_op(fused, image())
+        assert_same_step(fused, plain, image())
+        assert resops.explain(fused, image()).paths[0].why
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_explain_says_why_a_block_runs_layer_by_layer(
+    package: str, any_size: None, native: None
+) -> None:
+    for kind in (dense_block, transition):
+        fused = resops.fuse(kind(package))
+        (path,) = resops.explain(fused, image()).paths
+        assert (path.path, path.why) == ("native", "")
+    fused = resops.fuse(dense_block(package))
+    fused.denselayer2.norm1.eps = 1e-3  # type: ignore[union-attr]
+    (path,) = resops.explain(fused, image()).paths
+    assert path.path == "layer by layer, native" and path.why.startswith("eps differs")
+    assert not runs_as_one_op(fused, image())
+    fused.denselayer2.norm1.eps = 1e-5  # type: ignore[union-attr]
+    fused.denselayer2.norm1.momentum = 0.7  # type: ignore[union-attr]
+    (path,) = resops.explain(fused, image()).paths
+    assert (path.path, path.why) == ("native", "")  # each norm has a momentum of its own
+    fused.denselayer3.norm1.eval()  # type: ignore[union-attr]
+    (path,) = resops.explain(fused, image()).paths
+    assert path.path == "layer by layer, native" and "in training" in path.why
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_small_images_go_to_the_original_layers(
+    package: str, native: None, one_thread: None
+) -> None:
     plain = dense_block(package)
     fused = resops.fuse(copy.deepcopy(plain))
     small, large = image(4), image(32)
@@ -85,6 +163,9 @@ def test_small_images_go_to_the_original_layers(package: str, native: None) -> N
     assert (path.path, path.pattern) == ("native", "DenseBlock")
     with resops.backend("native"):  # asked for by name
         assert runs_as_one_op(fused, small)
+    torch.set_num_threads(2)  # which one_thread takes back
+    with torch.no_grad():
+        assert runs_as_one_op(fused, image(48)) and not runs_as_one_op(fused, large)
 
 
 def hook(block: Any) -> None:

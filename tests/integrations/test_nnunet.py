@@ -1,14 +1,21 @@
 """The trainer of resops.integrations.nnunet against nnU-Net's own.
 
-tests/integrations/nnunet.py says what stands in for what.
+tests/integrations/nnunet.py says what stands in for what. The last test has no stand-ins, and runs
+where all that nnU-Net needs is installed (requirements/nnunet.txt).
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,3 +78,86 @@ def test_the_variant_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Mo
 
     found = recursive_find_python_class(str(tmp_path), ours.__name__, None)
     assert found is ours
+
+
+# ---- nnU-Net's own command line -----------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+# Two epochs of a few steps; and the report, which has to be printed from inside.
+SHORT_TRAINER = """
+import resops
+from resops.integrations.nnunet import nnUNetTrainerResops
+
+class ShortTrainer(nnUNetTrainerResops):
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs, self.num_iterations_per_epoch = 2, 3
+        self.num_val_iterations_per_epoch = 1
+
+    def on_train_end(self):
+        print(resops.fuse_report(self.network))
+        super().on_train_end()
+"""
+
+
+def write_dataset(folder: Path) -> None:
+    """Five volumes of noise in which two nested boxes are brighter."""
+    import SimpleITK
+
+    (folder / "imagesTr").mkdir(parents=True)
+    (folder / "labelsTr").mkdir()
+    numbers = np.random.default_rng(0)
+    labels = np.zeros((16, 32, 32), np.uint8)
+    labels[4:12, 8:20, 8:20] = 1
+    labels[6:9, 10:14, 10:14] = 2
+    for case in range(5):
+        image = (numbers.standard_normal(labels.shape) + 2 * labels).astype(np.float32)
+        for array, name in (
+            (image, f"imagesTr/case{case}_0000.nii.gz"),
+            (labels, f"labelsTr/case{case}.nii.gz"),
+        ):
+            SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), str(folder / name))
+    (folder / "dataset.json").write_text(json.dumps(DATASET | {"numTraining": 5}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # seven processes that import torch
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("SimpleITK", "blosc2", "imagecodecs")),
+    reason="needs requirements/nnunet.txt",
+)
+def test_training_from_the_command_line(tmp_path: Path) -> None:
+    """Planning, training, the checkpoint's way into validation: all nnU-Net's own."""
+    write_dataset(tmp_path / "raw" / "Dataset001_Small")
+    trainers_folder = tmp_path / "trainers"
+    trainers_folder.mkdir()
+    (trainers_folder / "short_trainer.py").write_text(SHORT_TRAINER)
+    environment = os.environ | {
+        "nnUNet_raw": str(tmp_path / "raw"),
+        "nnUNet_preprocessed": str(tmp_path / "preprocessed"),
+        "nnUNet_results": str(tmp_path / "results"),
+        "nnUNet_extTrainer": str(trainers_folder),
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def call(command: str, *args: str, **more: str) -> str:
+        run = subprocess.run(
+            [sys.executable, "-m", "tests.integrations.nnunet_command", command, *args],
+            cwd=ROOT,
+            env=environment | more,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        return run.stdout
+
+    call("plan_and_preprocess", "-d", "1", "-c", "3d_fullres", "-npfp", "1", "-np", "1")
+    train = ("1", "3d_fullres", "0", "-tr", "ShortTrainer", "-device", "cpu")
+    # Augmentation in this process; Inductor would compile for minutes.
+    printed = call("train", *train, nnUNet_n_proc_DA="0", nnUNet_compile="f")
+    assert "norms fused" in printed and "IN+LeakyReLU" in printed
+    assert "left as they are" not in printed
+    (fold,) = (tmp_path / "results" / "Dataset001_Small").glob("ShortTrainer__*/fold_0")
+    assert (fold / "checkpoint_final.pth").exists()
+    summary = json.loads((fold / "validation" / "summary.json").read_text())
+    assert 0 <= summary["foreground_mean"]["Dice"] <= 1

@@ -18,12 +18,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from tests.interpreter.kernels import import_kernels
 
 CAPABILITIES = (80, 90, 100)
 _POINTERS = {
@@ -45,7 +48,8 @@ class Launch:
     kernel: JITFunction[Any]
     signature: tuple[tuple[str, Any], ...]
     constants: tuple[tuple[Path_, Any], ...]
-    divisible: tuple[Path_, ...]  # of arguments that are known to be multiples of 16
+    # Of specialised arguments: whether they are known to be multiples of 16.
+    specialised: tuple[tuple[Path_, bool], ...]
     options: tuple[tuple[str, int], ...]  # warps, stages
     label: str = field(default="", compare=False)
 
@@ -135,23 +139,24 @@ def _describe(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str,
     names = [p.name for p in kernel.params]
     given = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
     constants: list[tuple[Path_, Any]] = []
-    divisible: list[Path_] = []
+    specialised: list[tuple[Path_, bool]] = []
 
     def kind(value: Any, path: Path_, constant: bool, specialise: bool) -> Any:
         """The type of an argument, as Triton's launcher sees it."""
         if isinstance(value, tuple):
             return tuple(kind(v, (*path, i), constant, specialise) for i, v in enumerate(value))
         if isinstance(value, Tensor):
-            if value.data_ptr() % 16 == 0:
-                divisible.append(path)
+            specialised.append((path, value.data_ptr() % 16 == 0))
             return _POINTERS[value.dtype]
         if constant or value is None or (specialise and type(value) is int and value == 1):
             constants.append((path, value))
+            if isinstance(value, str):  # which Triton takes for a specialisation without a property
+                specialised.append((path, False))
             return "constexpr"
         if isinstance(value, float):
             return "fp32"
-        if specialise and value % 16 == 0:
-            divisible.append(path)
+        if specialise:
+            specialised.append((path, value % 16 == 0))
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     signature = [
@@ -160,8 +165,20 @@ def _describe(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str,
     ]
     options = [(k, v) for k, v in kwargs.items() if k in ("num_warps", "num_stages")]
     return Launch(
-        kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(options))
+        kernel, tuple(signature), tuple(constants), tuple(specialised), tuple(sorted(options))
     )
+
+
+@contextmanager
+def on_a_gpu(capability: int, processors: int = 132) -> Iterator[None]:
+    """Inside, launchers take tensors of the CPU for tensors of such a GPU."""
+    launch, tiles, conv = (import_kernels(name) for name in ("launch", "tiles", "conv_bn_act"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "DEVICES", {"cpu"})
+        patch.setattr(tiles, "_capability", lambda device: capability)
+        for module in (launch, conv):
+            patch.setattr(module, "processors", lambda device: processors)
+        yield
 
 
 @contextmanager
@@ -200,19 +217,23 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     return replace(_compiled(launch, capability), launch=launch)
 
 
-@functools.cache
-def _compiled(launch: Launch, capability: int) -> Compiled:
-    source = ASTSource(
+def source_of(launch: Launch) -> ASTSource:
+    """What Triton's launcher would compile: equal down to the key in Triton's cache."""
+    return ASTSource(
         launch.kernel,
         dict(launch.signature),
         dict(launch.constants),
-        {path: [["tt.divisibility", 16]] for path in launch.divisible},
+        {path: [["tt.divisibility", 16]] if known else [] for path, known in launch.specialised},
     )
+
+
+@functools.cache
+def _compiled(launch: Launch, capability: int) -> Compiled:
     messages = io.StringIO()
     with triton.knobs.nvidia.scope(), redirect_stdout(messages):
         triton.knobs.nvidia.dump_ptxas_log = True
         target = GPUTarget("cuda", capability, 32)
-        compiled = triton.compile(source, target=target, options=dict(launch.options))
+        compiled = triton.compile(source_of(launch), target=target, options=dict(launch.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

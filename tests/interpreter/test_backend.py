@@ -33,6 +33,11 @@ NAMES = [
     "compiled-bottleneck",
     "relu_and_its_mask",
     "dense_block",
+    "slices",
+    "slices_compiled",
+    "slices_phase_by_phase",
+    "slices_of_the_library",
+    "unet",
 ]
 
 

@@ -531,7 +531,7 @@ MUTANTS = [
         "mask of a consumer from values that are not centred",
         Edit(
             "csrc/cpu/dense_block_kernels.cpp",
-            "passes(pre_activation(a, centred, at))",
+            "passes(z)",
             "passes(pre_activation(a, xs[r].pack[i], at))",
         ),
         f"{DENSE_PHASES}::test_phases_are_the_definition",

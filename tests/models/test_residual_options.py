@@ -3,6 +3,7 @@ and the reference backend."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,8 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resops
-from resops.models import CifarResNet, create_model
-from resops.models._residual import RESIDUALS
+from resops.models import (
+    CifarResNet,
+    ConvNeXt,
+    StackedHourglass,
+    UNet3d,
+    VNet,
+    create_model,
+)
+from resops.models._residual import RESIDUALS, Join, ResidualBlock
+from resops.nn import ResDrop, ResidualAdd, ShakeDrop, ShakeShake
+from tests.dispatch import counted_calls, native_calls
 from tests.models.twins import assert_evaluates_as_twin, assert_trains_as_twin
 
 pytestmark = [pytest.mark.models, pytest.mark.usefixtures("one_thread")]
@@ -22,9 +32,13 @@ NORMS = ["ghost_batch", "batch_renorm", "group", "layer", "instance", "none"]
 
 
 def small(**options: Any) -> Any:
-    """Eight layers; no parameter is 0 or 1, as they are when training begins."""
+    """Eight layers."""
     torch.manual_seed(1)
-    model = CifarResNet(8, num_classes=3, **{"act_layer": "silu", **options})
+    return as_in_training(CifarResNet(8, num_classes=3, **{"act_layer": "silu", **options}))
+
+
+def as_in_training(model: nn.Module) -> nn.Module:
+    """No parameter is 0 or 1, as they are when training begins."""
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 1:
@@ -45,6 +59,77 @@ def assert_equals_twin(model: nn.Module) -> None:
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_residuals_equal_their_twins(residual: str) -> None:
     assert_equals_twin(small(residual=residual, drop_path_rate=0.3))
+
+
+# Of the other families; pre-activation networks have tests of their own.
+FAMILIES: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "residual_unet": (
+        functools.partial(create_model, "residual_unet", in_chans=2, widths=(4, 8)),
+        (3, 2, 5, 6),
+    ),
+    "unet3d": (functools.partial(UNet3d, in_chans=2, widths=(4, 8)), (3, 2, 3, 5, 4)),
+    "vnet": (functools.partial(VNet, 2, 2, (4, 8), (1, 2)), (3, 2, 3, 5, 4)),
+    "hourglass": (functools.partial(StackedHourglass, 3, 2, 2, 8, 1), (3, 2, 13, 15)),
+    "convnext": (
+        functools.partial(ConvNeXt, (1, 2), (4, 8), num_classes=3, layer_scale=0.5),
+        (3, 3, 9, 10),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "unet3d"])  # as the U-Net
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_residuals_of_every_family_equal_their_twins(name: str, residual: str) -> None:
+    if (name, residual) == ("convnext", "fixup"):
+        pytest.skip("ConvNeXt has norms")
+    make, size = FAMILIES[name]
+    options = {} if name == "convnext" else {"act_layer": "silu"}
+    rate = 0.05 if residual == "res_drop" else 0.3  # it drops whole batches, with their gradients
+    model = as_in_training(make(residual=residual, drop_path_rate=rate, **options))
+    kinds = {type(m) for m in model.modules()}
+    found = {
+        "sum": ResidualAdd,  # with the probability to be dropped
+        "res_drop": ResDrop,
+        "shake_shake": ShakeShake,
+        "shake_drop": ShakeDrop,
+    }
+    assert found.get(residual, ResidualAdd) in kinds
+    x = torch.randn(size)
+    assert_trains_as_twin(model, x, channels_last=True)
+    with resops.set_conv_precision("highest"):
+        assert_evaluates_as_twin(model, x, channels_last=True)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "convnext"])
+@torch.no_grad()
+def test_blocks_of_every_family_begin_as_their_shortcuts(name: str) -> None:
+    make, _ = FAMILIES[name]
+    options = {"residual": True} if name == "unet3d" else {}
+    for option in ({"residual": "fixup"}, {"residual": "skip_init"}, {"zero_init_residual": True}):
+        model = make(act_layer="identity", **{**options, **option})
+        blocks: list[Any] = [m for m in model.modules() if isinstance(m, ResidualBlock)]
+        for block in blocks:
+            first, last = block.chain()[0][0], block.chain()[-1][0]
+            assert isinstance(block.join, Join) or "zero_init_residual" in option
+            x = torch.randn(2, first.in_channels, *[4] * len(first.kernel_size))
+            if name == "vnet":
+                shortcut = torch.randn(2, last.out_channels, 4, 4, 4)
+                assert torch.equal(block(x, shortcut), shortcut)
+            else:
+                expected = x if block.shortcut is None else block.shortcut(x)
+                assert torch.equal(block(x), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_depths_of_stable_networks_count_every_block(name: str) -> None:
+    """K of 1/sqrt(K), and the rates of stochastic depth end at the one that was asked for."""
+    make, _ = FAMILIES[name]
+    model = make(residual="stable", drop_path_rate=0.4)
+    joins: list[Any] = [m.join.add for m in model.modules() if isinstance(m, ResidualBlock)]
+    assert {join.alpha for join in joins} == {len(joins) ** -0.5}
+    rates = [join.drop_prob for join in joins]
+    last = len(joins) - 1
+    assert sorted(rates) == pytest.approx([0.4 * k / last for k in range(last + 1)])
 
 
 @pytest.mark.parametrize("norm_layer", NORMS)
@@ -191,6 +276,34 @@ def test_explain_says_what_has_no_fused_form(native: None) -> None:
     assert ("GroupNormAct+ReLU", *row) in paths(norm_layer="group")
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("block_op", [True, False])
+def test_explain_takes_the_path_that_it_tells(block_op: bool, training: bool, native: None) -> None:
+    """It makes the calls that the model makes: blocks as one op, folded convolutions."""
+    model: Any = create_model("resnet50", num_classes=2, block_op=block_op).train(training)
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with torch.set_grad_enabled(training):
+        model(x)  # which folds
+        with counted_calls() as calls:
+            model(x)
+        with counted_calls() as in_explain:
+            told = {p.name: p for p in resops.explain(model, x).paths}
+    assert "aten::native_batch_norm" not in in_explain
+    assert native_calls(calls) == {name: in_explain[name] for name in native_calls(calls)}
+    if not training:
+        assert len(told) == 53
+        assert {p.path for p in told.values()} == {"folded into the convolution"}
+        return
+    assert {p.path for p in told.values()} == {"native"}
+    assert told["bn1"].pattern == "batch_norm_act_max_pool, relu"
+    if block_op:
+        assert len(told) == 1 + 16
+        assert told["layer1.0"].pattern == "bottleneck, relu"
+    else:
+        assert len(told) == 53
+        assert told["layer1.0.bn1"].pattern == "BatchNormAct2d+ReLU"
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_options_of_the_large_networks(name: str) -> None:
     """The same code; a shallow look at each: every parameter is reached."""
@@ -216,5 +329,7 @@ def test_wrong_options() -> None:
         create_model("resnet20", norm_layer="batchnorm")
     with pytest.raises(ValueError, match="act_layer must be a module class or one of relu"):
         create_model("resnet20", act_layer="rel")
-    with pytest.raises(ValueError, match="zero_init_residual needs a weight of norms, but BiasAct"):
+    with pytest.raises(
+        ValueError, match="zero_init_residual needs a weight of norms, but NormThenAct"
+    ):
         create_model("resnet20", norm_layer="none", zero_init_residual=True)

@@ -134,7 +134,7 @@ def test_dropping_branches() -> None:
     block.eval()
     assert (block(x) != x).flatten(1).any(1).all()
     model = ConvNeXt((2, 3), (4, 8), drop_path_rate=0.4)
-    rates = [m.join.drop_prob for m in model.modules() if isinstance(m, ConvNeXtBlock)]
+    rates = [m.join.add.drop_prob for m in model.modules() if isinstance(m, ConvNeXtBlock)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 

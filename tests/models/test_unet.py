@@ -378,14 +378,14 @@ def test_double_convolutions_are_one_op_each() -> None:
     told = resops.explain(model, x).paths
     blocks = ["inc", "down1.maxpool_conv.1", "down2.maxpool_conv.1", "up1.conv", "up2.conv"]
     assert [(p.name, p.pattern) for p in told] == [
-        (f"{name}.double_conv", "double_conv") for name in blocks
+        (f"{name}.double_conv", "double_conv, relu") for name in blocks
     ]
     assert len(resops.explain(small(block_op=False).train(), x).paths) == 10
     large = torch.empty(1, 2, 8, 8).expand(
         2**18 // (8 * 8 * 8), 2, 8, 8
     )  # for the 8 channels there
     patterns = [p.pattern for p in resops.explain(small(widths=(8, 8)).train(), large).paths]
-    assert patterns == ["double_conv", *["BatchNormAct2d+ReLU"] * 2, "double_conv"]
+    assert patterns == ["double_conv, relu", *["BatchNormAct2d+ReLU"] * 2, "double_conv, relu"]
     seen: list[Tensor] = []
     model.inc.double_conv[1].register_forward_hook(lambda module, args, y: seen.append(y))
     model.down1.maxpool_conv.register_forward_hook(lambda module, args, y: seen.append(y))

@@ -116,14 +116,13 @@ def test_equals_norm_addition_activation(
 
 @pytest.mark.parametrize("learned", [True, False])
 def test_prelu_is_part_of_the_op(learned: bool, native: None) -> None:
-    """With a residual the gradient of a learned slope needs the sum, which the op does not keep."""
+    """With a residual too, and where its slope is learned."""
     layer, _, x = pair(act_layer=nn.PReLU)
     layer.act.weight.requires_grad_(learned)
     for residual in (None, torch.randn_like(x)):
         with counted_calls() as calls:
             y = layer(x, residual)
-        after = learned and residual is not None
-        assert any("prelu" in name for name in calls) == after
+        assert not any("prelu" in name for name in calls)
         assert calls["batch_norm_forward"] == 1 and y.requires_grad
     shared = BatchNormAct2d(3, act_layer=functools.partial(nn.PReLU, 3)).double()
     with counted_calls() as calls:

@@ -186,3 +186,71 @@ def assert_running_statistics(ops: Any, dtype: torch.dtype) -> None:
             assert_rule_R("running", t, None, truth, t.dtype)
     for t in (*memory["means"], *memory["vars"]):
         assert t[1::2].isnan().all()
+
+
+def assert_narrow(ops: Any, channels: int, outputs: int, size: tuple[int, int, int]) -> None:
+    """The 1x1 convolution between the passes: rule R for all that comes out, against the phases one
+    by one in PyTorch, and not a byte written beside."""
+    norm = case(torch.float32, channels, channels + 9, size)
+    buffer = norm["buffer"]
+    conv_weight = torch.randn(outputs, channels, 1, 1) / math.sqrt(channels)
+    grad_c = like(buffer, outputs) + 0.25
+    grad_c = grad_c.contiguous(memory_format=NHWC)
+    conditions = kappa(buffer[:, :channels].double(), norm["invstd"].double())
+    x, w, b, m, s = (
+        t.double() if t.dim() == 4 else t.double().view(1, -1, 1, 1)
+        for t in (buffer[:, :channels], *(norm[k] for k in ("weight", "bias", "mean", "invstd")))
+    )
+    wide_weight, wide_grad = conv_weight.double(), grad_c.double()
+    xhat = (x - m) * s
+    # Where the argument of the ReLU is 0 but for rounding, either side is right.
+    z = w * xhat + b
+    assert (z.abs() > 1e-6).all()
+    relu = z.clamp(min=0)
+
+    c = ops.dense_block_narrow_forward(**norm, conv_weight=conv_weight)
+    its = reference.dense_block_narrow_forward(**norm, conv_weight=conv_weight)
+    bound = x.abs().add(m.abs()).mul(w.abs() * s).add(b.abs()).mul(z > 0)
+    exact = Exact(F.conv2d(relu, wide_weight).numpy(), F.conv2d(bound, wide_weight.abs()).numpy())
+    assert_rule_R("c", c, its, exact, torch.float32)
+
+    for training, first, of_weight in (
+        (True, True, True),
+        (True, False, False),
+        (False, False, True),
+    ):
+        start = like(buffer, channels + 3)
+        (total, memory), its_total = (
+            guarded(start),
+            start.clone(memory_format=torch.preserve_format),
+        )
+        args = {"grad_c": grad_c, "conv_weight": conv_weight, **norm}
+        flags = {"training": training, "first": first, "of_weight": of_weight}
+        ours = ops.dense_block_narrow_backward(**args, grad_sum=total, **flags)
+        theirs = reference.dense_block_narrow_backward(**args, grad_sum=its_total, **flags)
+        assert_guards(memory)
+        assert torch.equal(total[:, channels:], start[:, channels:])
+
+        def through(grad: Tensor, weight: Tensor) -> Tensor:
+            return torch.einsum("nohw,oc->nchw", grad, weight.flatten(1)) * (z > 0)
+
+        g, terms = through(wide_grad, wide_weight), through(wide_grad.abs(), wide_weight.abs())
+        factor = w if training else w * s
+        before = torch.zeros_like(g) if first else start[:, :channels].double()
+        exact = Exact((before + factor * g).numpy(), (before.abs() + factor.abs() * terms).numpy())
+        mine, its = (t[:, :channels] for t in (total, its_total))
+        assert_rule_R("grad_sum", mine, its, exact, torch.float32)
+        for name, t, of_torch, product, absolute in (
+            ("sum", ours[0], theirs[0], g, terms),
+            ("sum_xhat", ours[1], theirs[1], g * xhat, terms * xhat.abs()),
+        ):
+            exact = Exact(product.sum((0, 2, 3)).numpy(), absolute.sum((0, 2, 3)).numpy(), 0)
+            assert_rule_R(name, t, of_torch, exact, torch.float32, conditions)
+        if not of_weight:
+            assert ours[2].numel() == 0
+            continue
+        weights = [
+            torch.einsum("nohw,nchw->oc", a, t).view_as(conv_weight).numpy()
+            for a, t in ((wide_grad, relu), (wide_grad.abs(), bound))
+        ]
+        assert_rule_R("grad_weight", ours[2], theirs[2], Exact(*weights), torch.float32)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+import resops
 from resops.functional import batch_norm_act, residual_add
 from resops.ops import batch_norm as batch_norm_op
 from resops.ops import residual_add as residual_add_op
@@ -210,3 +211,30 @@ def test_symbolic_sizes(op: str) -> None:
             y = residual_add(x, x, activation="relu")
     batch: Any = y.shape[0]
     assert isinstance(batch, torch.SymInt) and y.shape[1:] == (6, 5)
+
+
+class Subclass(Tensor):
+    """A tensor that nothing overrides."""
+
+
+@pytest.mark.parametrize(
+    ("case", "node"),
+    [
+        ("layer", "CppFunction"),
+        ("fused", "CppFunction"),
+        ("subclass", "BatchNormFunctionBackward"),
+        ("prelu", "BatchNormPReLUFunctionBackward"),
+        ("reference", "ReluBackward0"),
+    ],
+)
+def test_which_node_a_call_takes(case: str, node: str) -> None:
+    """As docs/fuse.md says: the one in C++, which takes less time, wherever users call a layer."""
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    activation = nn.PReLU() if case == "prelu" else nn.ReLU()
+    if case == "fused":
+        model: nn.Module = resops.fuse(nn.Sequential(nn.BatchNorm2d(3), activation))
+    else:
+        model = resops.nn.BatchNormAct2d(3, act_layer=type(activation))
+    with resops.backend("reference" if case == "reference" else "auto"):
+        y = model(x.as_subclass(Subclass) if case == "subclass" else x)
+    assert type(y.grad_fn).__name__ == node

@@ -67,13 +67,16 @@ def test_derivatives(training: bool) -> None:
     p = parameters()
     p = {k: v.requires_grad_() for k, v in p.items()}
 
-    def function(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor) -> Tensor:
-        return batch_norm_act(
-            x, *statistics(), weight, bias, training, activation="prelu", negative_slope=slope
-        )
+    def function(
+        x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None
+    ) -> Tensor:
+        p: dict[str, Any] = {"negative_slope": slope, "residual": residual}
+        return batch_norm_act(x, *statistics(), weight, bias, training, activation="prelu", **p)
 
-    assert torch.autograd.gradcheck(function, (x, *p.values()))
-    assert torch.autograd.gradgradcheck(function, (x, *p.values()))
+    residual = torch.randn_like(x).requires_grad_()
+    for inputs in ((x, *p.values()), (x, *p.values(), residual)):
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
 
 
 def test_slope_that_is_not_learned(native: None) -> None:
@@ -88,12 +91,36 @@ def test_slope_that_is_not_learned(native: None) -> None:
     torch.testing.assert_close(y, F.prelu(z, p["negative_slope"]))
 
 
-def test_slope_with_a_residual() -> None:
-    x, residual = torch.randn(2, *SIZE, dtype=torch.float64)
-    p = parameters()
-    slope = p["negative_slope"].requires_grad_()
-    y = batch_norm_act(x, None, None, training=True, residual=residual, activation="prelu", **p)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("slope", [0.25, 1.0, -0.5])
+def test_slope_with_a_residual(slope: float, affine: bool, layout: str, native: None) -> None:
+    """One op too: sizes that leave bits of the mask unused, in either layout."""
+    memory_format = getattr(torch, f"{layout}_format" if layout == "contiguous" else layout)
+    tensors = torch.randn(3, *SIZE, dtype=torch.float64)
+    x, residual, grad = (t.contiguous(memory_format=memory_format) for t in tensors)
+    p = parameters(affine, slope)
+    leaves = [t.requires_grad_() for t in (x, residual, *p.values()) if t is not None]
+    with counted_calls() as calls:
+        y = batch_norm_act(x, None, None, training=True, residual=residual, activation="prelu", **p)
+        grads = torch.autograd.grad(y, leaves, grad)
+    assert calls["batch_norm_forward"] == calls["batch_norm_backward"] == 1
+    assert not [name for name in calls if "prelu" in name]
     z = F.batch_norm(x, None, None, p["weight"], p["bias"], True) + residual
+    expected = F.prelu(z, p["negative_slope"])
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(grads, torch.autograd.grad(expected, leaves, grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_slope_with_a_residual_of_another_dtype(native: None) -> None:
+    """Both are promoted, as + does."""
+    x, residual = torch.randn(SIZE), torch.randn(SIZE, dtype=torch.float64)
+    slope = torch.tensor([0.25], dtype=torch.float64, requires_grad=True)
+    y = batch_norm_act(
+        x, None, None, training=True, residual=residual, activation="prelu", negative_slope=slope
+    )
+    z = F.batch_norm(x.double(), None, None, training=True) + residual
     grads = [torch.autograd.grad(t.sum(), slope)[0] for t in (y, F.prelu(z, slope))]
     torch.testing.assert_close(*grads)
 

@@ -176,10 +176,11 @@ def test_opcheck(phase: str, layout: str) -> None:
     turn += ("forward", "backward_data", "backward_weight").index(phase)
     dtype = (torch.float32, torch.bfloat16, torch.float16, torch.float64)[turn % 4]
     kernel, padding = ((3, 1), (1, 0), (2, 1))[turn % 3]
-    x = in_layout(torch.randn(2, 16, 9, 8).to(dtype), layout)
-    weight = (torch.randn(12, 16, kernel, kernel) / 12).to(dtype)
+    x = in_layout(torch.randn(2, 16, 9, 8).to(dtype), layout).requires_grad_()
+    weight = (torch.randn(12, 16, kernel, kernel) / 12).to(dtype).requires_grad_()
     geometry = ([1, 1], [padding, padding], [1, 1])
-    grad_y = torch.randn_like(phases.convolution(x, weight, None, 1, padding, 1, 1))
+    with torch.no_grad():
+        grad_y = torch.randn_like(phases.convolution(x, weight, None, 1, padding, 1, 1))
     vectors = [torch.rand(16, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(4)]
     before = (*vectors[:2], "relu", 0.0)
     arguments = {

@@ -92,6 +92,19 @@ def test_without_running_statistics() -> None:
     assert_equal_results(results(dense_block, fresh(args)), results(definition, fresh(args)))
 
 
+def test_one_consumer_without_affine_and_one_without_running_statistics() -> None:
+    args = block(F64)
+    first, second, third = args.layers
+    layers = [
+        DenseLayer(first.conv1._replace(weight=None, bias=None), first.conv2),
+        DenseLayer(second.conv1._replace(running_mean=None, running_var=None), second.conv2),
+        DenseLayer(third.conv1._replace(bias=None), third.conv2),
+    ]
+    args = args._replace(layers=layers)
+    assert fallback_reason(*args) is None
+    assert_equal_results(results(dense_block, fresh(args)), results(definition, fresh(args)))
+
+
 @modes
 def test_transition_alone(training: bool) -> None:
     args = block(F64, layers=0, training=training, channels=10)
@@ -199,6 +212,27 @@ def test_deep_blocks_with_biased_gradients(dtype: torch.dtype, consumers: int) -
 def test_blocks(dtype: torch.dtype, training: bool) -> None:
     args = block(dtype, size=(4, 5, 7), training=training)
     assert_near_to_float64(far_from_zero(args), accumulate_in_float32=True)
+
+
+@modes
+def test_first_convolution_of_a_layer_in_one_kernel(training: bool) -> None:
+    """In float32 with 16 outputs or a multiple; the gradients are the same whichever are wanted."""
+    torch.manual_seed(0)
+    args = far_from_zero(block(torch.float32, growth=8, size=(2, 12, 9), training=training))
+    assert_near_to_float64(args)
+    with counted_calls() as calls:
+        full = results(dense_block, fresh(args))
+    assert calls["dense_block_narrow_forward"] == calls["dense_block_narrow_backward"] == 3
+    assert calls["dense_block_apply"] == 2  # of the transition, there and back
+    names = list(tensors_of(args))
+    for wanted in (names[1:], ["layer1.conv1.conv_weight"], ["x"], ["layer2.conv1.bias"]):
+        some = fresh(args)
+        for name, t in tensors_of(some).items():
+            t.requires_grad_(name in wanted)
+        found = results(dense_block, some)
+        for name in wanted:
+            its = full[f"grad_{name}"]
+            torch.testing.assert_close(found[f"grad_{name}"], its, rtol=1e-4, atol=1e-4)
 
 
 # ---- statistics, and what is kept ---------------------------------------------------------------

@@ -11,6 +11,7 @@ from resops.reference import dense_block as reference
 from tests.ops.dense_block_phases_oracle import (
     assert_definition,
     assert_gradient_of_many_consumers,
+    assert_narrow,
     assert_running_statistics,
     case,
     like,
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
 F64 = torch.float64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+FLAGS = {"training": True, "first": False, "of_weight": True}  # of narrow_backward
 ops: Any = torch.ops.resops
 
 
@@ -35,6 +37,17 @@ def test_phases_are_the_definition(capability: str, dtype: torch.dtype, channels
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_running_statistics_of_all_consumers(dtype: torch.dtype) -> None:
     assert_running_statistics(ops, dtype)
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "size"),
+    [(1, 16, (1, 1, 1)), (37, 48, (3, 5, 4)), (300, 32, (2, 15, 17)), (24, 128, (1, 45, 45))],
+    ids=str,
+)
+def test_one_kernel_with_the_convolution(
+    capability: str, channels: int, outputs: int, size: tuple[int, int, int]
+) -> None:
+    assert_narrow(ops, channels, outputs, size)
 
 
 def test_slice_in_the_middle() -> None:
@@ -94,8 +107,22 @@ def test_same_bits_for_any_number_of_threads(channels: int) -> None:
         total, y = like(norm["buffer"], 64).zero_(), torch.empty_like(grad)
         ops.dense_block_apply(**norm, y=y)
         sums = ops.dense_block_accumulate(grad, **norm, grad_sum=total, training=True, first=False)
-        found.append((y, total, *sums))
+        conv_weight = torch.linspace(-1, 1, 32 * channels).view(32, channels, 1, 1)
+        c = ops.dense_block_narrow_forward(**norm, conv_weight=conv_weight)
+        narrow = ops.dense_block_narrow_backward(c, conv_weight, **norm, grad_sum=total, **FLAGS)
+        found.append((y, total, *sums, c, *narrow))
     assert all(map(torch.equal, *found))
+
+
+def test_empty_batch_with_the_convolution() -> None:
+    norm = case(torch.float32, 5, 8)
+    norm["buffer"] = norm["buffer"][:0]
+    weight, total = torch.ones(16, 5, 1, 1), norm["buffer"].clone()
+    c = ops.dense_block_narrow_forward(**norm, conv_weight=weight)
+    assert c.shape == (0, 16, 5, 4)
+    found = ops.dense_block_narrow_backward(c, weight, **norm, grad_sum=total, **FLAGS)
+    assert [t.shape for t in found] == [(5,), (5,), (16, 5, 1, 1)]
+    assert not any(t.any() for t in found)
 
 
 # ---- rule R over many consumers -----------------------------------------------------------------
@@ -124,6 +151,12 @@ def test_opcheck() -> None:
         for given in (vectors, [None] * 4):
             call = (like(norm["buffer"], 16), norm["buffer"], total, *given, 0, 4)
             torch.library.opcheck(ops.dense_block_gradient.default, call)
+        if dtype == torch.float32:
+            weight, grad_c = torch.randn(16, 12, 1, 1), like(norm["buffer"], 16)
+            torch.library.opcheck(ops.dense_block_narrow_forward.default, (*tensors, weight))
+            for of_weight in (True, False):
+                call = (grad_c, weight, *tensors, total, True, False, of_weight)
+                torch.library.opcheck(ops.dense_block_narrow_backward.default, call)
         running = [[torch.rand(n) for n in (12, 5)] for _ in range(2)]
         call = (norm["mean"], norm["invstd"], 60, *running, [0.1, 0.2])
         torch.library.opcheck(ops.dense_block_update_running.default, call)
@@ -152,6 +185,22 @@ def test_bad_calls_raise(device: str) -> None:
             ops.dense_block_accumulate(**{**good, **change})
     with pytest.raises(RuntimeError, match="y should have 12 channels"):
         ops.dense_block_apply(**norm, y=total)
+    weight = torch.zeros(16, 12, 1, 1, device=device)
+    narrow = {**good, "grad_c": torch.zeros(3, 16, 5, 4, device=device), "conv_weight": weight}
+    del narrow["grad_y"]
+    for change, message in (
+        ({"conv_weight": weight[:8]}, "conv_weight should be of size"),
+        ({"conv_weight": weight[:, :5]}, "conv_weight should be of size"),
+        ({"conv_weight": weight.expand(16, 12, 3, 3)}, "conv_weight should be of size"),
+        ({"conv_weight": weight.half()}, "expects float32"),
+        ({"grad_c": y}, "grad_c should have 16 channels"),
+        ({"grad_sum": total[:, :5]}, "grad_sum should have"),
+        ({"invstd": norm["invstd"][:5]}, "invstd should contain 12 elements not 5"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.dense_block_narrow_backward(**{**narrow, **change}, of_weight=True)
+    with pytest.raises(RuntimeError, match="conv_weight should be of size"):
+        ops.dense_block_narrow_forward(**norm, conv_weight=weight[:8])
     vectors = (norm["mean"],) * 4
     for args, message in (
         ((None, buffer, total, *vectors, 8, 17), "should lie in the buffer"),

@@ -273,6 +273,7 @@ void shapes() {
     Call(make_shape(dtype, 2, 72, 33, 30, true, {}), Activation::relu).run();
     Call(make_shape(dtype, 1, 65, 5, 40, true, {}), Activation::relu).run();
     Call(make_shape(dtype, 1, 2, 40, 3000, false, {}), Activation::relu).run();
+    Call(make_shape(dtype, 1, 2, 90, 43, false, {}), Activation::relu).run();
     Call(make_shape(dtype, 1, 1, 1, 2, true, {{1, 1}, {1, 1}, {0, 0}}), Activation::relu).run();
     Call(make_shape(dtype, 0, 3, 5, 5, true, {}), Activation::relu).run();
   }
@@ -343,11 +344,12 @@ void traffic() {
     DType dtype;
     int64_t channels;
     bool channels_last;
+    int width = 112;
   };
   for (const Layout& l : {Layout{DType::bf16, 64, true}, Layout{DType::f32, 64, true},
-                          Layout{DType::bf16, 4, false}, Layout{DType::f32, 4, false}}) {
-    // In contiguous, rows of y and of the index that are whole sectors.
-    const int width = l.channels_last ? 112 : 128;
+                          Layout{DType::bf16, 4, false}, Layout{DType::f32, 4, false},
+                          Layout{DType::bf16, 4, false, 111}, Layout{DType::f32, 4, false, 111}}) {
+    const int width = l.width;
     Call call(make_shape(l.dtype, 6, l.channels, 112, width, l.channels_last, {}), Activation::relu,
               true, false, 0);
     const double size = l.dtype == DType::f32 ? 4 : 2;

@@ -110,9 +110,8 @@ void run(const Config& c) {
   if (masked) {
     mask.check_margins("mask");
     for (int64_t i = 0; i < 8 * step * c.samples; ++i) {
-      const int64_t sample = i / (8 * step), j = i % (8 * step), e = sample * c.length + j;
       const bool set = (mask.as<uint8_t>()[i / 8] >> i % 8 & 1) != 0;
-      if (j >= c.length ? set : std::abs(z(e)) > 1e-4 * z_terms(e) && set != (z(e) > 0)) {
+      if (i >= numel ? set : std::abs(z(i)) > 1e-4 * z_terms(i) && set != (z(i) > 0)) {
         fail(c.describe() + ": mask bit " + std::to_string(i));
       }
     }
@@ -240,45 +239,47 @@ void large_batch() {
 }
 
 #ifdef RESOPS_SIMT  // only the emulator counts
-// Sectors that the passes move, against those of the tensors that they have to move.
+// Sectors that the passes move, against those of the tensors that they have to move; also where
+// samples are no whole number of vectors.
 void traffic() {
   for (const DType dtype : {DType::f32, DType::bf16}) {
-    for (const Kind kind : {Kind::constant, Kind::per_sample, Kind::elementwise}) {
-      const gpu::ResidualAddShape shape{dtype, 4, 50176};
-      const double bytes = static_cast<double>(shape.numel()) * (dtype == DType::f32 ? 4 : 2);
-      const double bits = static_cast<double>(shape.numel()) / 8;
-      const bool tensor = kind == Kind::elementwise, weighted = kind != Kind::constant;
-      Random random(1);
-      const Config config{dtype, 4, 50176, Activation::relu, kind};
-      Weight weight(config, kind, random);
-      Buffer x(dtype, shape.numel(), 0), residual(dtype, shape.numel(), 0),
-          y(dtype, shape.numel(), 0), grad(dtype, shape.numel(), 0),
-          mask(DType::f16, shape.numel() / 16, 0);
-      const gpu::ResidualAddWeights weights{
-          weight.argument(), {nullptr, nullptr, true, false, 1}, false};
-      const std::string name =
-          std::string(name_of(dtype)) + " weight " + std::to_string(static_cast<int>(kind));
-      simt::reset_launches();
-      gpu::launch_residual_add_forward({shape, weights, Activation::relu, 0, x.data(),
-                                        residual.data(), y.data(), mask.as<uint8_t>()},
-                                       nullptr);
-      check_traffic("forward " + name, (tensor ? 4 : 3) * bytes + bits);
-      const gpu::ResidualAddBackward call{shape,
-                                          weights,
-                                          Activation::relu,
-                                          0,
-                                          grad.data(),
-                                          weighted ? x.data() : nullptr,
-                                          nullptr,
-                                          mask.as<uint8_t>(),
-                                          y.data(),
-                                          residual.data(),
-                                          weighted ? weight.grad.data() : nullptr,
-                                          nullptr};
-      Workspace workspace(gpu::residual_add_workspace(call));
-      simt::reset_launches();
-      gpu::launch_residual_add_backward(call, workspace.as<float>(), nullptr);
-      check_traffic("backward " + name, (tensor ? 6 : weighted ? 4 : 3) * bytes + bits);
+    for (const int64_t length : {50176, 25137}) {
+      for (const Kind kind : {Kind::constant, Kind::per_sample, Kind::elementwise}) {
+        const gpu::ResidualAddShape shape{dtype, 4, length};
+        const double bytes = static_cast<double>(shape.numel()) * (dtype == DType::f32 ? 4 : 2);
+        const double bits = static_cast<double>(shape.numel()) / 8;
+        const bool tensor = kind == Kind::elementwise, weighted = kind != Kind::constant;
+        Random random(1);
+        const Config config{dtype, 4, length, Activation::relu, kind};
+        Weight weight(config, kind, random);
+        Buffer x(dtype, shape.numel(), 0), residual(dtype, shape.numel(), 0),
+            y(dtype, shape.numel(), 0), grad(dtype, shape.numel(), 0),
+            mask(DType::f16, 4 * ((length + 15) / 16), 0);
+        const gpu::ResidualAddWeights weights{
+            weight.argument(), {nullptr, nullptr, true, false, 1}, false};
+        const std::string name = config.describe();
+        simt::reset_launches();
+        gpu::launch_residual_add_forward({shape, weights, Activation::relu, 0, x.data(),
+                                          residual.data(), y.data(), mask.as<uint8_t>()},
+                                         nullptr);
+        check_traffic("forward " + name, (tensor ? 4 : 3) * bytes + bits);
+        const gpu::ResidualAddBackward call{shape,
+                                            weights,
+                                            Activation::relu,
+                                            0,
+                                            grad.data(),
+                                            weighted ? x.data() : nullptr,
+                                            nullptr,
+                                            mask.as<uint8_t>(),
+                                            y.data(),
+                                            residual.data(),
+                                            weighted ? weight.grad.data() : nullptr,
+                                            nullptr};
+        Workspace workspace(gpu::residual_add_workspace(call));
+        simt::reset_launches();
+        gpu::launch_residual_add_backward(call, workspace.as<float>(), nullptr);
+        check_traffic("backward " + name, (tensor ? 6 : weighted ? 4 : 3) * bytes + bits);
+      }
     }
   }
 }
