@@ -265,14 +265,15 @@ def any_tile() -> None:
 
 
 def strides_without_zeros_between() -> None:
-    """Of what the gradient of the input of a strided convolution allocates, only that gradient is
-    larger than the gradient of the output: no zeros are put between its pixels."""
+    """Of what the gradient of the input of a strided convolution allocates, only that gradient and
+    the copy of x in channels-last are larger than the gradient of the output: no zeros are put
+    between its pixels."""
     case = random_case((2, 5, 12, 12), 6, (3, 3), prologue="relu", stride=(2, 2), padding=(1, 1))
     with guarded_memory() as made, tiles.forced(tiles.Tile(32, 16, 16, 4, 2)):
         found = case.backward_data(kernels)
     case.check(found)
     large = [t.tensor.shape for t in made if t.tensor.numel() > case.grad_y.numel()]
-    assert large == [case.x.shape], large
+    assert set(large) == {case.x.shape}, large
 
 
 def every_entry_of_the_table() -> None:
