@@ -30,6 +30,7 @@ from ..reference.conv_bn_act import convolution
 from ..reference.layout import empty_channels_last, is_channels_last_only
 from . import convolution_table
 from .conv_bn_act_convolution import native_geometry, path_of
+from .conv_bn_act_gpu import native_refusal
 
 LIBRARY, PLAIN, FUSED = "library", "plain", "fused"
 _CHOICES = ("auto", LIBRARY, FUSED)
@@ -188,6 +189,10 @@ def choose(
         return LIBRARY
     if _dispatch.refusal(backend, "conv_bn_act", first) is not None:
         return LIBRARY
+    if (backend, first.device.type) == ("native", "cuda") and not (
+        phase == "forward" and native_refusal(first, weight, geometry.groups, None) is None
+    ):
+        return LIBRARY  # csrc/cuda computes forward passes only; the gradients are cuDNN's
     if wanted == FUSED:
         return FUSED
     if first.device.type == "cpu":

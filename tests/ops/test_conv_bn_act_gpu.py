@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import resops
 from resops import _dispatch, _native
-from resops.ops import conv_bn_act, conv_bn_act_gpu
+from resops.ops import conv_bn_act, conv_bn_act_gpu, convolution
 from resops.reference import conv_bn_act as reference
 
 
@@ -51,6 +51,16 @@ def test_native_only_where_it_is_asked_for_by_name() -> None:
         assert conv_bn_act.path(x, weight, training=True).backend == "library"
     with resops.backend("reference"):
         assert conv_bn_act.path(x, weight).backend == "reference"
+
+
+@pytest.mark.usefixtures("built_for_cuda", "fake")
+def test_a_block_leaves_gradients_and_float32_to_the_library() -> None:
+    geometry = convolution.Geometry((1, 1), (1, 1), (1, 1), 1)
+    for dtype, chosen in ((torch.bfloat16, "fused"), (torch.float32, "library")):
+        how = ("native", "fused", *tensors(dtype), geometry, True)
+        assert convolution.choose("forward", *how) == chosen
+        for phase in ("backward_data", "backward_weight"):
+            assert convolution.choose(phase, *how) == "library"
 
 
 @pytest.mark.usefixtures("built_for_cuda", "cudnn", "fake")
