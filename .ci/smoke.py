@@ -35,10 +35,11 @@ if backend == "native":
     names = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("resops::")]
     ops = [name for name in names if not name.endswith("_formulas")]
     assert len(ops) >= 8, ops
-    # Of convolutions there is the forward pass; a GPU's gradients are cuDNN's.
-    on_cpu_only = {
-        f"resops::conv_bn_act_{phase}" for phase in ("backward_data", "backward_weight", "folded")
-    }
+    # Of convolutions there is the forward pass; a GPU's gradients are cuDNN's, and so are the 1x1
+    # convolutions of a dense block.
+    convolutions = ("forward_into", "backward_data", "backward_weight", "folded")
+    on_cpu_only = {f"resops::conv_bn_act_{phase}" for phase in convolutions}
+    on_cpu_only |= {f"resops::dense_block_narrow_{phase}" for phase in ("forward", "backward")}
     for key in ("CPU", "CUDA"):
         for op in ops:
             wanted = key == "CPU" or (built == "cuda" and op not in on_cpu_only)
