@@ -72,7 +72,7 @@ NETWORKS = {
     "unet": Recipe(Schedule(1, 4, 0.2, 0.1, 0.0), arguments={"widths": (16, 32, 64, 128)}),
     # Half the batch, for as many steps with half the time: these are the slow ones.
     "densenet_bc_40": Recipe(Schedule(4, 16, 0.05, 1), 640),
-    "preact_resnet110": Recipe(Schedule(3, 16, 0.05, 1), 640),
+    "preact_resnet110": Recipe(Schedule(5, 16, 0.05, 1), 640),
 }
 
 
