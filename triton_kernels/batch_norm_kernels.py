@@ -74,10 +74,12 @@ def _tile_corner(
 def _elements(row, exists, first, width, numel, RAGGED: tl.constexpr, COLS: tl.constexpr):
     """Offsets of the tile's elements, and which exist. RAGGED: the last row is not a whole one."""
     column = first + tl.arange(0, COLS)[None, :]
-    offsets = row.to(tl.int64) * width + column
+    begin = row.to(tl.int64) * width
+    offsets = begin + column
     valid = exists & (column < width)
-    if RAGGED:
-        valid = valid & (offsets < numel)
+    if RAGGED:  # in 64 bits for a row, not for an element
+        left = tl.minimum(numel - begin, width).to(column.dtype)
+        valid = valid & (column < left)
     return offsets, valid
 
 
