@@ -72,7 +72,7 @@ MUTANTS: list[Mutant] = [
     ),
     bug(
         "Triton: elements past the end of a tensor written",
-        Edit(BATCH_NORM, "valid & (offsets < numel)", "valid"),
+        Edit(BATCH_NORM, "valid & (column < left)", "valid"),
         batch_norm("rule_R-relu-channels_last"),
     ),
     # ---- residual_add ---------------------------------------------------------------------------
